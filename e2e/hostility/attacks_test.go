@@ -63,7 +63,7 @@ var attacks = []attack{
 	{"rapid reset of routed streams", 20, bystanderAddress, secured(rapidReset, "h2"), gateway},
 	{"CONTINUATION flood, routed", 20, bystanderAddress, secured(continuationFlood, "h2"), gateway},
 	{"SETTINGS flood, routed", 20, bystanderAddress, secured(flood(http2.FrameSettings, 6), "h2"), gateway},
-	{"unfinished header blocks, routed", 600, bystanderAddress, secured(unfinishedBlock, "h2"), gateway},
+	{"unfinished header blocks, routed", 200, bystanderAddress, secured(unfinishedBlock, "h2"), gateway},
 }
 
 const shortForm = 4000

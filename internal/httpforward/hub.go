@@ -44,6 +44,7 @@ type hub struct {
 	flooded   bool // downstream has exceeded a bound on the number of frames: see floods
 	closed    bool // closeAll has begun: no call is opened, or moved to another connection
 	buffered  int  // bytes of bodies that wait or are kept
+	reported  int  // what the streams held at the last report to the account
 
 	holding
 	over outcome
@@ -55,6 +56,9 @@ const (
 	maxLegs          = 64                // upstream connections of a hub
 	firstLimit       = 100               // streams on an upstream connection before it has announced a limit
 	fewStreams       = 100
+	legSize          = 4 << 10     // about the size of a leg, with its tables
+	ordinaryLegs     = 8           // not reported
+	maxUnreported    = 1 << 18     // what many responses may add to what streams hold before that is reported
 	legIdle          = time.Minute // after that an upstream connection without a stream is closed
 )
 
@@ -126,6 +130,10 @@ func (h *hub) pump() (moved, yields bool) {
 	for _, l := range h.ups {
 		moved = l.pump() || moved
 		yields = yields || l.left <= 0
+		if h.kept+h.buffered > h.reported+maxUnreported && !h.hold() {
+			h.evicted()
+			return moved, yields
+		}
 	}
 	yields = yields || h.down.left <= 0
 	moved = h.reap() || moved
@@ -289,7 +297,8 @@ func (h *hub) closeInOrder() {
 
 // hold reports what the connection holds. It returns false if the connection must end.
 func (h *hub) hold() bool {
-	kept := h.kept + h.buffered
+	h.reported = h.kept + h.buffered
+	kept := h.reported + legSize*max(len(h.ups)-ordinaryLegs, 0)
 	steps := 0
 	if kept > ordinaryHeld {
 		steps = (kept + heldStep - 1) / heldStep

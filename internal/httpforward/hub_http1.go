@@ -10,6 +10,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -226,7 +227,11 @@ func (x *legHTTP1) room() int {
 	if x.call == nil {
 		return streamWindow
 	}
-	return streamWindow - (len(x.call.resp.queue) - x.call.resp.from)
+	window := streamWindow
+	if h := x.call.h; h.buffered > h.keptLimit/4 { // the rest waits in the kernel
+		window = tcp.BufferSize
+	}
+	return window - (len(x.call.resp.queue) - x.call.resp.from)
 }
 
 // stepHTTP1 handles the next part of a response at the beginning of b, and removes it from the buffer. It reports false if more
