@@ -91,7 +91,7 @@ func (c *Conn) judge(g *governed) bool {
 		c.Record.Ask(c.role.unmatched(g.snapshot, info.Destination.Port()))
 		return c.abandon(c.refusal(refusal))
 	}
-	c.Record.Ask(c.role.recorded(g.chain))
+	c.Record.Ask(c.role.recorded(g.snapshot, g.chain))
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
 
