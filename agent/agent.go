@@ -40,7 +40,7 @@ type Agent struct {
 	plane       controlPlane
 	balancer    *balance.Balancer  // of the clusters of the control plane; nil without one
 	authorizer  *serve.Role        // asks servers about connections and requests
-	accepting   *gateway.Listeners // of a gateway; nil: this is none
+	accepting   *gateway.Listeners // of a gateway; nil otherwise
 	unfollow    func()             // ends what a.accepting does; nil: it has not begun
 	resolver    *dns.Server        // nil: DNS is not captured
 	policy      *egress.Policy     // nil: the workload may reach everything

@@ -23,7 +23,7 @@ import (
 // Config configures an agent. Start from Default.
 type Config struct {
 	Ports        Ports
-	Gateway      bool         // accept connections at the listeners of the control plane; nothing is captured
+	Gateway      bool         // accept connections at the listeners of the control plane, and capture no traffic
 	Edge         *edge.Source // likewise, at the listeners of this in the place of a control plane; nil: there is none
 	Interception Interception
 	Connections  Connections

@@ -424,3 +424,33 @@ func TestGatewayNamesWhatItCannotUse(t *testing.T) {
 		}
 	}
 }
+
+// The commands and the file of the document are accepted.
+func TestGatewayDocumentHasValidExamples(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.certify(t, "shop", "shop.example")
+	e.certify(t, "api", "api.example")
+	document, err := os.ReadFile("../docs/gateway.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	paths := strings.NewReplacer("/etc/tls/", "", "shop.crt", e.path("shop.pem"), "shop.key", e.path("shop.pem"), "api.crt", e.path("api.pem"), "api.key", e.path("api.pem"), "'", "")
+	_, file, _ := strings.Cut(string(document), "```yaml\n")
+	file, _, _ = strings.Cut(file, "```")
+	e.write(t, "edge.yaml", paths.Replace(file))
+	commands := []string{"pillion gateway --config " + e.path("edge.yaml")}
+	for line := range strings.Lines(string(document)) {
+		if command, ok := strings.CutPrefix(line, "    pillion gateway "); ok {
+			commands = append(commands, "pillion gateway "+paths.Replace(command))
+		}
+	}
+	if len(commands) < 3 || !strings.HasPrefix(file, "listen: ") {
+		t.Errorf("the document has the commands %q and the file\n%s", commands, file)
+	}
+	for _, command := range commands {
+		if _, stderr, code := execute(t, e.pod, nil, append(strings.Fields(command)[1:], "--check")...); code != 0 {
+			t.Errorf("%s: exit code %d, %s", command, code, stderr)
+		}
+	}
+}

@@ -8,26 +8,28 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
 
 // recordedBodies are the parts of an archive that show bodies.
 type recordedBodies struct {
-	Log struct {
-		Entries []struct {
-			Request struct {
-				URL      string
-				BodySize int
-				PostData struct{ MimeType, Text, Encoding, Comment string }
-			}
-			Response struct {
-				BodySize int
-				Content  struct {
-					Size, Compression       int
-					Text, Encoding, Comment string
-				}
-			}
+	Log struct{ Entries []recordedEntry }
+}
+
+type recordedEntry struct {
+	StartedDateTime string
+	Request         struct {
+		URL      string
+		BodySize int
+		PostData struct{ MimeType, Text, Encoding, Comment string }
+	}
+	Response struct {
+		BodySize int
+		Content  struct {
+			Size, Compression       int
+			Text, Encoding, Comment string
 		}
 	}
 }
@@ -66,7 +68,7 @@ func bodiesServer(t *testing.T, c *caller) {
 	t.Cleanup(func() { server.Close(); <-done })
 }
 
-// archiveOf runs a command, and returns the archive of its requests.
+// archiveOf runs a command, and returns the archive of its requests, by their start: two connections may end in either order.
 func (c *caller) archiveOf(t *testing.T, home string, flags []string, command ...string) (text string, archive recordedBodies) {
 	t.Helper()
 	file := filepath.Join(home, "bodies.har")
@@ -81,6 +83,7 @@ func (c *caller) archiveOf(t *testing.T, home string, flags []string, command ..
 	if err != nil {
 		t.Fatal(err)
 	}
+	slices.SortStableFunc(archive.Log.Entries, func(a, b recordedEntry) int { return strings.Compare(a.StartedDateTime, b.StartedDateTime) })
 	return string(raw), archive
 }
 

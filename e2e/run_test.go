@@ -514,28 +514,29 @@ func TestRunRecordsRequests(t *testing.T) {
 func checkArchive(t *testing.T, text []byte) {
 	t.Helper()
 	type field struct{ Name, Value string }
+	type entry struct {
+		StartedDateTime string
+		Time            float64
+		Request         struct {
+			Method, URL, HTTPVersion string
+			Headers, QueryString     []field
+			BodySize                 int
+		}
+		Response struct {
+			Status      int
+			HTTPVersion string
+			Headers     []field
+			Content     struct {
+				Size     int
+				MimeType string
+			}
+		}
+	}
 	var archive struct {
 		Log struct {
 			Version string
 			Creator struct{ Name, Version string }
-			Entries []struct {
-				StartedDateTime string
-				Time            float64
-				Request         struct {
-					Method, URL, HTTPVersion string
-					Headers, QueryString     []field
-					BodySize                 int
-				}
-				Response struct {
-					Status      int
-					HTTPVersion string
-					Headers     []field
-					Content     struct {
-						Size     int
-						MimeType string
-					}
-				}
-			}
+			Entries []entry
 		}
 	}
 	if err := json.Unmarshal(text, &archive); err != nil {
@@ -544,6 +545,7 @@ func checkArchive(t *testing.T, text []byte) {
 	if archive.Log.Version != "1.2" || archive.Log.Creator.Name != "pillion" || len(archive.Log.Entries) != 2 {
 		t.Fatalf("the archive is\n%s", text)
 	}
+	slices.SortStableFunc(archive.Log.Entries, func(a, b entry) int { return strings.Compare(a.StartedDateTime, b.StartedDateTime) })
 	for i, version := range []string{"HTTP/1.1", "HTTP/2"} {
 		e := archive.Log.Entries[i]
 		if _, err := time.Parse(time.RFC3339, e.StartedDateTime); err != nil || e.Time <= 0 {
@@ -563,19 +565,38 @@ func checkArchive(t *testing.T, text []byte) {
 func TestRunServesTheLivePage(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {
 		var log logBook
-		cmd := c.command("--ui", "127.0.0.1:0", "--", "sleep", "100")
+		requireProgram(t, "python3")
+		echoDatagrams(t, c.peer, "203.0.113.7:9000", false)
+		cmd := c.command("--ui", "127.0.0.1:0", "--udp", "allow", "--", "python3", "-c", datagramsInPython+`
+s = opened()
+exchange(s, ("203.0.113.7", 9000), 700)
+failure(("224.0.0.251", 5353))
+import time
+time.sleep(1000)`)
 		cmd.Stderr = &log
 		p := c.net.Start(t, cmd)
 		_, url, _ := strings.Cut(log.await(t, "live page at"), "http://")
-		conn, err := c.net.Dial("tcp", strings.TrimSuffix(strings.TrimSpace(url), "/"), nettest.Patience)
-		if err != nil {
-			t.Fatal(err)
+		get := func(path string) string {
+			conn, err := c.net.Dial("tcp", strings.TrimSuffix(strings.TrimSpace(url), "/"), nettest.Patience)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, "GET %s HTTP/1.0\r\nHost: localhost\r\n\r\n", path)
+			text, err := io.ReadAll(conn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return string(text)
 		}
-		defer conn.Close()
-		fmt.Fprint(conn, "GET /live HTTP/1.0\r\nHost: localhost\r\n\r\n")
-		if text, err := io.ReadAll(conn); err != nil || !strings.Contains(string(text), `"destinations":[]`) {
-			t.Errorf("%v, %s", err, text)
-		}
+		nettest.Eventually(t, "a rejected datagram is shown", func() bool {
+			text := get("/live/records")
+			return strings.Contains(text, `"protocol":"UDP"`) && strings.Contains(text, `"destination":"224.0.0.251:5353"`) && strings.Contains(text, `"udp_rejected"`)
+		})
+		nettest.Eventually(t, "an open flow of datagrams is shown", func() bool {
+			text := get("/live")
+			return strings.Contains(text, `"protocol":"UDP"`) && strings.Contains(text, `"destination":"203.0.113.7:9000"`) && strings.Contains(text, `"received":700`)
+		})
 		p.Signal(syscall.SIGTERM)
 		if status, err := p.Wait(nettest.Patience); status != 128+15 {
 			t.Errorf("exit status %d, %v", status, err)

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sort"
 	"sync"
 	"syscall"
 	"time"
@@ -106,7 +107,8 @@ func (l *Listeners) Apply() bool {
 	for _, address := range l.unwanted(want) {
 		l.remove(address)
 	}
-	addresses := slices.SortedFunc(maps.Keys(want), netip.AddrPort.Compare)
+	addresses := slices.Collect(maps.Keys(want))
+	sort.Slice(addresses, func(i, j int) bool { return addresses[i].Compare(addresses[j]) < 0 })
 	for i, address := range addresses {
 		if _, has := l.at(address); !has {
 			l.add(address, want[address], i)
@@ -150,7 +152,7 @@ func (l *Listeners) remove(address netip.AddrPort) {
 	l.config.Log.Info("listener removed", "address", address.String())
 }
 
-// add binds an address, which is the i-th.
+// add binds the i-th address.
 func (l *Listeners) add(address netip.AddrPort, of *mesh.Listener, i int) {
 	var socket *tcp.Listener
 	err := errTooMany
@@ -219,7 +221,9 @@ func (l *Listeners) closed(address netip.AddrPort) bool {
 func (l *Listeners) Failures() []Failure {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.SortedFunc(maps.Values(l.failed), func(a, b Failure) int { return a.Address.Compare(b.Address) })
+	failures := slices.Collect(maps.Values(l.failed))
+	sort.Slice(failures, func(i, j int) bool { return failures[i].Address.Compare(failures[j].Address) < 0 })
+	return failures
 }
 
 // Bound returns nil once all addresses of a configuration have been bound, and the first failure before. A later failure

@@ -1,6 +1,9 @@
 package gateway
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -184,4 +187,101 @@ func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
 		t.Errorf("a new connection ends by %v", record.Reason)
 	}
 	conn.Close()
+}
+
+// The secret of an issuer, and its key set.
+var (
+	secret = []byte("a secret of at least 32 bytes, as HS256 needs")
+	keys   = `{"keys":[{"kty":"oct","alg":"HS256","k":"` + base64.RawURLEncoding.EncodeToString(secret) + `"}]}`
+)
+
+// token returns the header field with a token of the issuer "me".
+func token(claims string) string {
+	text := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"HS256"}`)) + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"iss":"me"`+claims+`}`))
+	mac := hmac.New(sha256.New, secret)
+	mac.Write([]byte(text))
+	return "Authorization: Bearer " + text + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil)) + "\r\n"
+}
+
+// tokens is a filter that verifies tokens, and requires none.
+func tokens() mesh.HTTPFilter {
+	return mesh.HTTPFilter{Name: "jwt", JWT: &mesh.JWT{
+		Providers: []mesh.JWTProvider{{
+			Name: "me", Issuer: "me", Keys: []byte(keys), Forward: true, Metadata: "payload", Reroute: true,
+			ClaimHeaders: []mesh.ClaimHeader{{Header: "x-group", Claim: "group"}},
+		}},
+		Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTAllowMissing}}},
+		Named: []mesh.NamedRequirement{{Name: "needed", JWTRequirement: mesh.JWTRequirement{Kind: mesh.JWTProvided, Name: "me"}}},
+	}}
+}
+
+// routed is a route to a cluster that changes policies.
+func routed(path, cluster string, own ...mesh.RoutePolicy) mesh.Route {
+	r := host("web", cluster).Routes[0]
+	r.Name, r.Match.Path, r.Filters.Policies = path, path, own
+	return r
+}
+
+// Routes change the policies for their requests, and may depend on the claims of verified tokens.
+func TestRoutesChangePoliciesAndFollowClaims(t *testing.T) {
+	r := newRig(t)
+	names := []string{"open", "members", "web"}
+	for i, name := range names {
+		r.cluster(name, uint16(82+i))
+		r.handle(t, uint16(82+i), func(w http.ResponseWriter, q *http.Request) { fmt.Fprint(w, name, " ", q.Header.Get("X-Group")) })
+	}
+	byClaim := routed("/", "members")
+	byClaim.Match.Metadata = []mesh.MetadataMatcher{{
+		Filter: "envoy.filters.http.jwt_authn", Path: []string{"payload", "group"},
+		Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "members"}},
+	}}
+	byClaim.Filters.Policies = []mesh.RoutePolicy{{Filter: "rbac", RBAC: &mesh.RBAC{}}}
+	refused := routed("/refused", "web")
+	refused.Refused = true
+	web := host("web", "web")
+	web.Routes = []mesh.Route{
+		routed("/open", "open", mesh.RoutePolicy{Filter: "rbac", Disabled: true}),
+		routed("/token", "open", mesh.RoutePolicy{Filter: "jwt", Requirement: "needed"}, mesh.RoutePolicy{Filter: "rbac", Disabled: true}),
+		routed("/unknown", "open", mesh.RoutePolicy{Filter: "jwt", Requirement: "of another filter"}),
+		routed("/no-tokens", "open", mesh.RoutePolicy{Filter: "jwt", Disabled: true}, mesh.RoutePolicy{Filter: "rbac", Disabled: true}),
+		routed("/strict", "open", mesh.RoutePolicy{Filter: "rbac", RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow}}}),
+		routed("/confused", "open", mesh.RoutePolicy{Filter: "rbac", Requirement: "needed"}),
+		refused, byClaim, routed("/", "web"),
+	}
+	r.route(web)
+	r.listen(edge(0, tokens(), deny(underPath("/"), anything)))
+	members := token(`,"group":"members"`)
+	c := r.client(t)
+	for name, test := range map[string]struct {
+		target, fields string
+		status         int
+		body           string
+	}{
+		"a policy that is turned off":                 {"/open", "", 200, "open "},
+		"the same by another path":                    {"/x/../open", "", 200, "open "},
+		"a path that leaves it":                       {"/open/../x", "", 403, ""},
+		"a field that only a claim makes":             {"/open", "X-Group: members\r\n", 200, "open "},
+		"the same without a filter of tokens":         {"/no-tokens", "X-Group: members\r\n", 200, "open "},
+		"a wrong token where none is verified":        {"/no-tokens", token("x"), 200, "open "},
+		"a wrong token elsewhere":                     {"/open", token("x"), 401, ""},
+		"no token where a route requires one":         {"/token", "", 401, ""},
+		"a token where a route requires one":          {"/token", token(""), 200, "open "},
+		"a requirement that is not there":             {"/unknown", token(""), 401, ""},
+		"a policy that allows nothing":                {"/strict", "", 403, ""},
+		"a change for a filter of another type":       {"/confused", token(""), 503, ""},
+		"a route that is refused":                     {"/refused", members, 503, ""},
+		"no claims":                                   {"/", "", 403, ""},
+		"other claims":                                {"/", token(`,"group":"others"`), 403, ""},
+		"a field in the place of claims":              {"/", "X-Group: members\r\n", 403, ""},
+		"claims that choose a route with its policy":  {"/", members, 200, "members members"},
+		"claims of a token that is not verified":      {"/", strings.Replace(members, ".", ".e30", 1), 401, ""},
+		"claims do not matter for routes before them": {"/open", members, 200, "open members"},
+	} {
+		status, body := c.ask(t, test.target, test.fields)
+		if status != test.status || status == 200 && body != test.body {
+			t.Errorf("%s: %d, %q; want %d, %q", name, status, body, test.status, test.body)
+		}
+		r.Await(t)
+	}
+	c.Close()
 }

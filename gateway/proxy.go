@@ -32,7 +32,7 @@ type Config struct {
 	Log      *slog.Logger       // nil: not logged
 	Tracing  *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Recorder serve.Recorder     // of access logs, likewise
-	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: there is none
+	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: never
 }
 
 // Proxy serves the connections of all listeners. Make it with New.

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -259,6 +260,129 @@ func TestConnectionsOfARemovedListenerAreDrained(t *testing.T) {
 	}
 	servetest.ExpectEnd(t, c, io.EOF)
 	servetest.ExpectRefusal(t, r.Client, r.At(port))
+}
+
+// The HTTP/2 connections of a removed listener end by GOAWAY, and a request in progress is finished before.
+func TestStreamsOfARemovedListenerAreFinished(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "9001")
+	r.cluster("one", 9001)
+	r.route(host("a", "one"))
+	r.listen(manager())
+	transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(port)) }}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	type result struct {
+		response *http.Response
+		err      error
+	}
+	results := make(chan result, 1)
+	go func() {
+		response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Get("http://a/")
+		results <- result{response, err}
+	}()
+	server := servetest.Take(t, conns)
+	if _, err := http.ReadRequest(bufio.NewReader(server)); err != nil {
+		t.Fatal(err)
+	}
+	r.push(func(e *mesh.Edit) { e.SetListener(name, nil) })
+	servetest.Send(t, server, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	got := <-results
+	if got.err != nil || got.response.StatusCode != 200 {
+		t.Fatal(got)
+	}
+	if body, err := io.ReadAll(got.response.Body); string(body) != "ok" || err != nil {
+		t.Errorf("%q, %v", body, err)
+	}
+	r.AwaitListed(t, 0)
+	transport.CloseIdleConnections()
+}
+
+// A connection that has not begun ends when its listener is removed.
+func TestASilentConnectionEndsWithItsListener(t *testing.T) {
+	r := newRig(t)
+	r.cluster("tcp", 9001)
+	r.Listen(t, "9001")
+	for _, chain := range []*mesh.FilterChain{manager(), {TLS: &mesh.DownstreamTLS{}, HTTP: &mesh.HTTPManager{}}} {
+		r.listen(chain)
+		c := r.Dial(t, r.At(port))
+		r.AwaitListed(t, 1)
+		r.push(func(e *mesh.Edit) { e.SetListener(name, nil) })
+		servetest.ExpectEnd(t, c, io.EOF)
+		if got := r.Await(t); got.Reason != flow.Drained {
+			t.Errorf("the record is %+v", got)
+		}
+	}
+}
+
+// Bytes of a body pass when they arrive, in both directions and from one version of HTTP to the other.
+func TestBodiesAreNotHeld(t *testing.T) {
+	r := newRig(t)
+	listener := r.Pod.Listen(t, "tcp4", r.At(9001).String())
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		http.NewResponseController(w).EnableFullDuplex()
+		buf := make([]byte, 100)
+		for {
+			n, err := q.Body.Read(buf)
+			w.Write(buf[:n])
+			if w.(http.Flusher).Flush(); err != nil {
+				return
+			}
+		}
+	})}
+	served := make(chan struct{})
+	go func() { defer close(served); server.Serve(listener) }()
+	t.Cleanup(func() { server.Close(); <-served })
+	r.cluster("one", 9001)
+	r.route(host("a", "one"))
+	r.listen(manager())
+	for _, http2 := range []bool{false, true} {
+		transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(port)) }}
+		transport.Protocols.SetHTTP1(!http2)
+		transport.Protocols.SetUnencryptedHTTP2(http2)
+		body, write := io.Pipe()
+		request, _ := http.NewRequest("POST", "http://a/", body)
+		go io.WriteString(write, "first")
+		response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 5)
+		for _, text := range []string{"first", "later"} {
+			if n, err := io.ReadFull(response.Body, got); err != nil || string(got) != text {
+				t.Fatalf("HTTP/2 %v: %q, %v; want %q", http2, got[:n], err, text)
+			}
+			go io.WriteString(write, "later")
+		}
+		write.Close()
+		response.Body.Close()
+		transport.CloseIdleConnections()
+	}
+}
+
+// An upgraded connection passes both ways.
+func TestUpgradesPass(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "9001")
+	r.cluster("one", 9001)
+	r.route(host("a", "one"))
+	r.listen(manager())
+	c := r.client(t)
+	servetest.Send(t, c, "GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	server := servetest.Take(t, conns)
+	if request, err := http.ReadRequest(bufio.NewReader(server)); err != nil || request.Header.Get("Upgrade") != "websocket" {
+		t.Fatalf("%v, %v", request, err)
+	}
+	servetest.Send(t, server, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	if response, err := http.ReadResponse(c.read, nil); err != nil || response.StatusCode != 101 {
+		t.Fatalf("%v, %v", response, err)
+	}
+	servetest.Send(t, server, "\x81\x02hi")
+	got := make([]byte, 4)
+	if _, err := io.ReadFull(c.read, got); err != nil || string(got) != "\x81\x02hi" {
+		t.Errorf("%q, %v", got, err)
+	}
+	servetest.Send(t, c, "\x81\x02ho")
+	servetest.Expect(t, server, "\x81\x02ho")
 }
 
 // A client that begins with TLS at a listener for HTTP is refused.

@@ -138,6 +138,15 @@ func (r *records) Closed(record *flow.Record) {
 	r.add(e)
 }
 
+// note adds a record of the command's that is not of a connection.
+func (r *records) note(protocol flow.Protocol, record live.Record) {
+	record.Time, record.Direction, record.Protocol = time.Now().Round(0), flow.Outbound.String(), protocol.String()
+	if r.view != nil {
+		r.view.Note(protocol, &record)
+	}
+	r.add(event{Record: record})
+}
+
 func (r *records) add(record event) {
 	r.sum.add(&record.Record)
 	r.mu.Lock()
@@ -158,10 +167,9 @@ const maxSeen = 1000
 // queried records a query that was refused, once for each name.
 func (r *records) queried(q dns.Query) {
 	if name := strings.TrimSuffix(q.Name, "."); q.Refused && r.first("dns "+name) {
-		r.add(event{Record: live.Record{
-			Time: time.Now().Round(0), Direction: flow.Outbound.String(), Protocol: "DNS", Authority: name,
-			Reason: string(flow.Denied), Failed: true, Failure: "no rule allows a connection to this name",
-		}})
+		r.note(flow.DNS, live.Record{
+			Authority: name, Reason: string(flow.Denied), Failed: true, Failure: "no rule allows a connection to this name",
+		})
 	}
 }
 

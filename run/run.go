@@ -69,7 +69,7 @@ const (
 )
 
 // endTime bounds how long connections may take to end once the command has ended.
-const endTime = 300 * time.Millisecond
+const endTime = time.Second
 
 // Run runs the command and returns its exit status: 128 and the number of a signal that ended it. An error means that it
 // was not started; status is then what a shell would return.

@@ -10,10 +10,12 @@ import (
 	"strings"
 )
 
-// originAddress is where the workload serves, in the pod. The rules exclude the ports of the others, so that connections to
-// them go past the agent: directAddress leads to the same process, bystanderAddress to another one of the same program.
+// originAddress is where the workload serves, in the pod. The rules exclude the ports of directAddress and bystanderAddress, so
+// that connections to them go past the agent: directAddress leads to the same process, bystanderAddress to another one of the
+// same program. secondAddress leads through the agent to that one.
 const (
 	originAddress    = "198.51.100.2:8080"
+	secondAddress    = "198.51.100.2:8083"
 	directAddress    = "198.51.100.2:8082"
 	bystanderAddress = "198.51.100.2:8081"
 )

@@ -64,7 +64,7 @@ func newWorld(t testing.TB, pinned bool, of kind) *world {
 		t.Fatalf("pillion init: %v\n%s", err, out)
 	}
 	w.start(t, w.pod, nil, "origin", originAddress, directAddress)
-	w.start(t, w.pod, nil, "origin", bystanderAddress)
+	w.start(t, w.pod, nil, "origin", bystanderAddress, secondAddress)
 	if of == inMesh {
 		w.startAgent(t, w.startControlPlane(t), "agent", "--control-plane", "auto")
 	} else {

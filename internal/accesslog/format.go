@@ -55,7 +55,7 @@ type piece struct {
 	address  address  // verbAddress
 	part     part     // verbAddress
 	layout   string   // verbStartTime; empty for the default
-	own      string   // verbOwn
+	own      string   // verbOwn; of verbDryRun, the key in the metadata
 
 	side  flow.Direction              // of the verbs of TLS: those of downstream have values inbound, those of upstream outbound
 	of    certificateOf               // verbCertificate, verbValidity
@@ -101,6 +101,7 @@ const (
 	verbValidity
 	verbDownstreamFailure
 	verbWorkload
+	verbDryRun
 	verbOwn // a constant of this process
 )
 
@@ -177,6 +178,7 @@ var operators = func() []operator {
 		{"UPSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbTransportFailure}},
 		{"DOWNSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbDownstreamFailure}},
 		{"FILTER_STATE", takesState, piece{does: verbWorkload}},
+		{"DYNAMIC_METADATA", takesState, piece{does: verbDryRun}},
 		{"BYTES_RECEIVED", takesNone, piece{does: verbReceived, number: true}},
 		{"BYTES_SENT", takesNone, piece{does: verbSent, number: true}},
 		{"DURATION", takesNone, piece{does: verbDuration, number: true}},

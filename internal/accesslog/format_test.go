@@ -536,3 +536,24 @@ func checkJSON(t *testing.T, line string) {
 		t.Errorf("not a JSON line: %q", line)
 	}
 }
+
+// Verdicts of policies that are not enforced stand where Envoy keeps them.
+func TestDryRunsAreDynamicMetadata(t *testing.T) {
+	const filter = "%DYNAMIC_METADATA(envoy.filters.http.rbac:istio_dry_run_"
+	format := mustParse(t, ParseFormat, filter+"allow_shadow_engine_result)% "+filter+"allow_shadow_effective_policy_id)% "+
+		filter+"deny_shadow_engine_result)%|"+filter+"deny_shadow_effective_policy_id):6%")
+	r := request(flow.Inbound, flow.Completed)
+	if got := lineOf(format, r); got != "- - -|-" {
+		t.Errorf("without dry runs: %s", got)
+	}
+	deny := &flow.DryRun{Prefix: "istio_dry_run_deny_", Policy: "ns[a]-policy[b]-rule[0]", Denied: true}
+	r.HTTP.DryRun = &flow.DryRun{Prefix: "istio_dry_run_allow_", Next: deny}
+	if got := lineOf(format, r); got != "allowed - denied|ns[a]-" {
+		t.Errorf("with dry runs: %s", got)
+	}
+	for _, wrong := range []string{"%DYNAMIC_METADATA%", "%DYNAMIC_METADATA(envoy.filters.http.rbac)%", "%DYNAMIC_METADATA(other:x_shadow_engine_result)%"} {
+		if _, err := ParseFormat(wrong); err == nil || !strings.Contains(err.Error(), "istio_dry_run_") {
+			t.Errorf("%s: %v", wrong, err)
+		}
+	}
+}

@@ -176,6 +176,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return appendFailure(p, dst, r.DownstreamFailure())
 	case verbWorkload:
 		return p.appendWorkload(dst, r)
+	case verbDryRun:
+		return p.appendDryRun(dst, h.DryRun)
 	case verbDirection:
 		if r.Direction == flow.Inbound {
 			return append(dst, "INBOUND"...), true

@@ -88,6 +88,9 @@ func (p *piece) filterState(arg *string) error {
 	if arg != nil {
 		text = *arg
 	}
+	if p.does == verbDryRun {
+		return p.metadata(text)
+	}
 	key, name, _ := strings.Cut(text, ":FIELD:")
 	p.side = map[string]flow.Direction{"downstream_peer": flow.Inbound, "upstream_peer": flow.Outbound}[key]
 	if p.name = flow.WorkloadNames[name]; p.name == nil || key != "downstream_peer" && key != "upstream_peer" {
@@ -108,4 +111,42 @@ func (p *piece) appendWorkload(dst []byte, r *flow.Record) ([]byte, bool) {
 		name = name[:min(p.max, len(name))]
 	}
 	return orMissing(p, dst, name)
+}
+
+// The values in Envoy's metadata of policies that are not enforced, behind the prefix that a policy has.
+const (
+	dryRunFilter = "envoy.filters.http.rbac:"
+	dryRunPolicy = "shadow_effective_policy_id"
+	dryRunResult = "shadow_engine_result"
+)
+
+// metadata compiles the argument of %DYNAMIC_METADATA%: dry runs are the only values that there are.
+func (p *piece) metadata(text string) error {
+	key, found := strings.CutPrefix(text, dryRunFilter)
+	if !found || !strings.HasSuffix(key, dryRunPolicy) && !strings.HasSuffix(key, dryRunResult) {
+		return fmt.Errorf("%q is not metadata of the agent; write, for example, %sistio_dry_run_deny_%s or %sistio_dry_run_allow_%s",
+			text, dryRunFilter, dryRunPolicy, dryRunFilter, dryRunResult)
+	}
+	p.own = key
+	return nil
+}
+
+// appendDryRun appends what a dry run has found.
+func (p *piece) appendDryRun(dst []byte, d *flow.DryRun) ([]byte, bool) {
+	value := ""
+	for ; d != nil && value == ""; d = d.Next {
+		switch name, found := strings.CutPrefix(p.own, d.Prefix); {
+		case !found:
+		case name == dryRunPolicy:
+			value = d.Policy
+		case name == dryRunResult && d.Denied:
+			value = "denied"
+		case name == dryRunResult:
+			value = "allowed"
+		}
+	}
+	if p.max >= 0 {
+		value = value[:min(p.max, len(value))]
+	}
+	return orMissing(p, dst, value)
 }

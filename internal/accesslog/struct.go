@@ -2,10 +2,9 @@ package accesslog
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"math"
-	"slices"
+	"sort"
 	"strconv"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -46,7 +45,7 @@ func appendObject(dst []byte, m wire.Message, err *error) []byte {
 		}
 		members = append(members, one)
 	}
-	slices.SortStableFunc(members, func(a, b member) int { return cmp.Compare(a.name, b.name) })
+	sort.SliceStable(members, func(i, j int) bool { return members[i].name < members[j].name })
 	dst = append(dst, '{')
 	for i, one := range members {
 		if i > 0 {

@@ -22,6 +22,8 @@ var arrows = []struct {
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
 	{"internal/sandbox", []string{"internal/capture", "internal/datagram", "internal/sockopt", "iptables/kernel", "iptables/nft"},
 		"a sandbox captures ports by a table of its own, its link has the address that packets are sent to, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
+	{"internal/datagram", []string{"internal/flow"},
+		"the counters of a flow that is listed"},
 	{"inbound", []string{"internal/balance", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers", "internal/tracing"},
 		"a direction orders steps that it shares with the other, and decides where connections go; the directions never import each other"},
 	{"outbound", []string{"internal/balance", "internal/envoy", "internal/fault", "internal/flow", "internal/httpforward", "internal/peers", "internal/serve", "internal/tcp", "internal/upstream", "internal/tracing"},

@@ -270,7 +270,7 @@ func (w *walk) chain(l *mesh.Listener, c *mesh.FilterChain) {
 	}
 	for i := range c.Policies {
 		p := &c.Policies[i]
-		if !w.judge(p.Name, "connection", p.RBAC, p.ExtAuthz, nil) {
+		if !w.judge(p.Name, "connection", p.RBAC, p.ExtAuthz) {
 			return
 		}
 	}
@@ -341,7 +341,7 @@ func (w *walk) filters(h *mesh.HTTPManager, c *route.Choice) bool {
 			w.refuse("the HTTP filter %s is not supported, or has not come", h.Filters[i].Name)
 			return false
 		}
-		rbac, check, tokens := f.RBAC, f.ExtAuthz, f.JWT
+		rbac, required := f.RBAC, jwt.ByRules
 		if own := c.Policy(f.Name); own != nil {
 			if own.Disabled {
 				continue
@@ -349,10 +349,11 @@ func (w *walk) filters(h *mesh.HTTPManager, c *route.Choice) bool {
 			if own.RBAC != nil {
 				rbac = own.RBAC
 			}
+			required = jwt.Requirement{Own: true, Name: own.Requirement}
 		} else if f.Disabled {
 			continue
 		}
-		if !w.judge(f.Name, "request", rbac, check, tokens) {
+		if f.JWT != nil && !w.verify(f.Name, f.JWT, required) || !w.judge(f.Name, "request", rbac, f.ExtAuthz) {
 			return false
 		}
 	}
@@ -360,12 +361,10 @@ func (w *walk) filters(h *mesh.HTTPManager, c *route.Choice) bool {
 }
 
 // judge adds the verdict of a policy. It returns false if that denies the request.
-func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, tokens *mesh.JWT) bool {
+func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz) bool {
 	switch {
 	case check != nil:
 		w.Verdicts = append(w.Verdicts, Verdict{Name: name, Per: per, Verdict: "not known: it " + authzWords(check)})
-	case tokens != nil:
-		return w.verify(name, tokens)
 	case rbac != nil:
 		subject := w.subject(per == "request")
 		policy := authz.Compile(rbac)
@@ -385,9 +384,9 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz, to
 }
 
 // verify adds the verdict about the request's tokens. Policies behind it see their claims.
-func (w *walk) verify(name string, tokens *mesh.JWT) bool {
+func (w *walk) verify(name string, tokens *mesh.JWT, required jwt.Requirement) bool {
 	v := Verdict{Name: name, Per: "request", Verdict: "allowed", Reasons: []string{"it " + jwtWords(tokens)}}
-	result := jwt.Of(tokens).Check(&w.request, time.Now(), nil)
+	result := jwt.Of(tokens).Check(&w.request, required, time.Now(), nil)
 	if result.Claims != nil {
 		w.request.Metadata = result.Claims
 	}

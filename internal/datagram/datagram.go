@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
 // The bounds of a Carrier.
@@ -39,6 +41,9 @@ type Config struct {
 	// Judge returns "" if a destination is allowed, and otherwise why not. It may block. nil: everything is allowed.
 	Judge func(to netip.AddrPort) (denied string)
 
+	// Began receives each flow that is carried, and may set its Live. It must not block. nil: not called.
+	Began func(*Flow)
+
 	// Ended receives each flow when it ends, and a denied one at once. It must not block.
 	Ended func(Flow)
 }
@@ -46,10 +51,20 @@ type Config struct {
 // Flow is what a client and a destination have exchanged.
 type Flow struct {
 	Client, Destination netip.AddrPort
-	Opened, Used        time.Time // first and last datagram
-	Sent, Received      uint64    // bytes of payload that the client has sent and received
-	Denied              string    // why the flow was not carried
-	Failure             string    // why the last datagram that failed could not be carried
+	Opened, Used        time.Time    // first and last datagram
+	Sent, Received      uint64       // bytes of payload that the client has sent and received
+	Live                *flow.Record // counts the same bytes while they move; nil: not counted
+	Denied              string       // why the flow was not carried
+	Failure             string       // why the last datagram that failed could not be carried
+}
+
+func (f *Flow) count(sent, received int) {
+	f.Sent += uint64(sent)
+	f.Received += uint64(received)
+	if f.Live != nil {
+		f.Live.Received.Add(uint64(sent))
+		f.Live.Sent.Add(uint64(received))
+	}
 }
 
 // Carrier carries datagrams. Make it with New.
@@ -73,7 +88,7 @@ type client struct {
 	address netip.AddrPort
 	link    *os.File
 	socket  *socket
-	flows   map[netip.AddrPort]*flow
+	flows   map[netip.AddrPort]*carriedFlow
 	hosts   map[netip.Addr]int // flows that are carried, by address
 }
 
@@ -86,7 +101,7 @@ const (
 	refused
 )
 
-type flow struct {
+type carriedFlow struct {
 	Flow
 	state   state
 	waiting [][]byte // while judging
@@ -202,7 +217,7 @@ func (c *Carrier) reject(one *client, to netip.AddrPort, cause unix.Errno) {
 
 // find returns the flow of a datagram, and makes it if it is new. The flow is nil if the datagram cannot be carried. The
 // datagram waits if its flow is judged.
-func (c *Carrier) find(link *os.File, p *packet) (*client, *flow) {
+func (c *Carrier) find(link *os.File, p *packet) (*client, *carriedFlow) {
 	one := c.client(link, p)
 	if one == nil {
 		return nil, nil
@@ -224,7 +239,7 @@ func (c *Carrier) find(link *os.File, p *packet) (*client, *flow) {
 		c.held += len(p.payload)
 	case f.state == carried:
 		f.Used = now
-		f.Sent += uint64(len(p.payload))
+		f.count(len(p.payload), 0)
 	}
 	return one, f
 }
@@ -246,14 +261,14 @@ func (c *Carrier) client(link *os.File, p *packet) *client {
 		c.config.Ended(Flow{Client: p.source, Destination: p.destination, Opened: now, Used: now, Failure: "opening a socket: " + err.Error()})
 		return nil
 	}
-	one := &client{address: p.source, link: link, socket: out, flows: make(map[netip.AddrPort]*flow), hosts: make(map[netip.Addr]int)}
+	one := &client{address: p.source, link: link, socket: out, flows: make(map[netip.AddrPort]*carriedFlow), hosts: make(map[netip.Addr]int)}
 	c.clients[p.source] = one
 	c.running.Go(func() { c.receive(one) })
 	return one
 }
 
 // open adds a flow to a client; nil if too many wait for a judgement.
-func (c *Carrier) open(one *client, to netip.AddrPort, now time.Time) *flow {
+func (c *Carrier) open(one *client, to netip.AddrPort, now time.Time) *carriedFlow {
 	if c.config.Judge != nil && c.judging >= maxJudging {
 		c.config.Ended(Flow{Client: one.address, Destination: to, Opened: now, Used: now, Failure: "too many destinations at once are to be judged"})
 		return nil
@@ -261,7 +276,7 @@ func (c *Carrier) open(one *client, to netip.AddrPort, now time.Time) *flow {
 	if c.flows >= maxFlows {
 		c.endIdlestFlow()
 	}
-	f := &flow{Flow: Flow{Client: one.address, Destination: to, Opened: now, Used: now}}
+	f := &carriedFlow{Flow: Flow{Client: one.address, Destination: to, Opened: now, Used: now}}
 	one.flows[to] = f
 	c.flows++
 	if c.config.Judge == nil {
@@ -273,13 +288,16 @@ func (c *Carrier) open(one *client, to netip.AddrPort, now time.Time) *flow {
 	return f
 }
 
-func (c *Carrier) accept(one *client, f *flow) {
+func (c *Carrier) accept(one *client, f *carriedFlow) {
 	f.state = carried
+	if c.config.Began != nil {
+		c.config.Began(&f.Flow)
+	}
 	one.hosts[f.Destination.Addr()]++
 }
 
 // judge decides about a flow, and carries or refuses what waits for that.
-func (c *Carrier) judge(one *client, f *flow) {
+func (c *Carrier) judge(one *client, f *carriedFlow) {
 	denied := c.config.Judge(f.Destination)
 	c.mu.Lock()
 	c.judging--
@@ -298,7 +316,7 @@ func (c *Carrier) judge(one *client, f *flow) {
 	} else {
 		c.accept(one, f)
 		for _, payload := range waiting {
-			f.Sent += uint64(len(payload))
+			f.count(len(payload), 0)
 		}
 	}
 	c.mu.Unlock()
@@ -366,7 +384,7 @@ func (c *Carrier) expects(one *client, from netip.AddrPort, n int) bool {
 		if c.closed || c.clients[one.address] != one || c.flows >= maxFlows {
 			return false
 		}
-		f = &flow{Flow: Flow{Client: one.address, Destination: from, Opened: now}}
+		f = &carriedFlow{Flow: Flow{Client: one.address, Destination: from, Opened: now}}
 		one.flows[from] = f
 		c.flows++
 		c.accept(one, f)
@@ -375,7 +393,7 @@ func (c *Carrier) expects(one *client, from netip.AddrPort, n int) bool {
 		return false
 	}
 	f.Used = now
-	f.Received += uint64(n)
+	f.count(0, n)
 	return true
 }
 
@@ -422,7 +440,7 @@ func (c *Carrier) endUnusedSince(then time.Time) {
 }
 
 // remove ends a flow.
-func (c *Carrier) remove(one *client, f *flow) {
+func (c *Carrier) remove(one *client, f *carriedFlow) {
 	delete(one.flows, f.Destination)
 	c.flows--
 	if f.state == carried {
@@ -462,7 +480,7 @@ func (c *Carrier) idlest() (found *client) {
 
 func (c *Carrier) endIdlestFlow() {
 	var owner *client
-	var oldest *flow
+	var oldest *carriedFlow
 	for _, one := range c.clients {
 		for _, f := range one.flows {
 			if oldest == nil || f.Used.Before(oldest.Used) {

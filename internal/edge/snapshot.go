@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"sort"
 	"strings"
 	"time"
 
@@ -144,8 +145,10 @@ func manager(routes string) *mesh.HTTPManager {
 // addRoutes adds the table of routes, and a cluster for each route.
 func (e *edit) addRoutes(routes []Route) {
 	// Longer prefixes come first: the first route of a host that matches is used.
-	routes = slices.SortedFunc(slices.Values(routes), func(a, b Route) int {
-		return cmp.Or(strings.Compare(a.Host, b.Host), cmp.Compare(len(b.Prefix), len(a.Prefix)), strings.Compare(a.Prefix, b.Prefix))
+	routes = slices.Clone(routes)
+	sort.Slice(routes, func(i, j int) bool {
+		a, b := &routes[i], &routes[j]
+		return cmp.Or(strings.Compare(a.Host, b.Host), cmp.Compare(len(b.Prefix), len(a.Prefix)), strings.Compare(a.Prefix, b.Prefix)) < 0
 	})
 	text := ""
 	for i := range routes {

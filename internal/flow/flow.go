@@ -48,11 +48,13 @@ const (
 	HTTP10
 	HTTP11
 	HTTP2
+	UDP // of listed flows of datagrams, and of live records, as DNS
+	DNS
 )
 
 // String returns the protocol's name. For HTTP it is the value of Envoy's %PROTOCOL%.
 func (p Protocol) String() string {
-	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2"}[p]
+	return [...]string{"opaque", "TLS", "HTTP/1.0", "HTTP/1.1", "HTTP/2", "UDP", "DNS"}[p]
 }
 
 // Record describes one connection or request. The goroutine that owns it writes the plain fields before it passes the
@@ -217,8 +219,17 @@ type Request struct {
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
 	Details                     string        // Envoy's response_code_details, likewise
 	Trace                       *Trace        // nil: the request is not traced
+	DryRun                      *DryRun       // the first verdict of policies that are not enforced; nil: there was none
 	Telemetry                   *Telemetry    // what a control plane asks to be recorded; nil: nothing in particular. Of a connection, see Ask
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
+}
+
+// DryRun is the verdict about a request of policies that are not enforced. It is never modified.
+type DryRun struct {
+	Prefix string // of the names under which Envoy keeps the verdict in metadata
+	Policy string // that decided; empty: no policy did
+	Denied bool
+	Next   *DryRun // that of a later filter; nil: there is none
 }
 
 // Trace is the place of a request in a distributed trace. Package tracing makes it, and the engine that serves the request

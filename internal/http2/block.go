@@ -103,8 +103,9 @@ func (d *Decoder) add(f Field) {
 
 // Encoder encodes the header blocks for one side of a connection. Make it with NewEncoder.
 type Encoder struct {
-	hpack *hpack.Encoder
-	dst   []byte
+	hpack  *hpack.Encoder // nil: fields are collected
+	dst    []byte
+	fields []Field
 }
 
 // NewEncoder returns an encoder with a table of FirstTable bytes.
@@ -112,6 +113,20 @@ func NewEncoder() *Encoder {
 	e := new(Encoder)
 	e.hpack = hpack.NewEncoder(e)
 	return e
+}
+
+// NewCollector returns an Encoder that keeps the fields in the place of encoding them, for a head that is sent in another form.
+func NewCollector() *Encoder { return new(Encoder) }
+
+// Collected returns the fields that a collector has kept since Forget.
+func (e *Encoder) Collected() []Field { return e.fields }
+
+// Forget frees the fields of a collector.
+func (e *Encoder) Forget() {
+	clear(e.fields) // the strings
+	if e.fields = e.fields[:0]; cap(e.fields) > keptFields {
+		e.fields = nil
+	}
 }
 
 // SetTableSize records that the receiver lowered its table size to smallest and then set it to n. The encoder uses at
@@ -130,6 +145,10 @@ func (e *Encoder) SetTableSize(smallest, n uint32) {
 
 // AppendField appends one field of a block to dst.
 func (e *Encoder) AppendField(dst []byte, f Field) []byte {
+	if e.hpack == nil {
+		e.fields = append(e.fields, f)
+		return dst
+	}
 	e.dst = dst
 	_ = e.hpack.WriteField(f) // fails only if Write fails
 	dst, e.dst = e.dst, nil

@@ -45,7 +45,7 @@ func (l *leg) speakHTTP1(c *call) (connected bool) {
 	l.http1 = new(legHTTP1)
 	l.limit, l.greeted = 1, true
 	l.window, l.initial = math.MaxInt64/2, math.MaxInt64/2
-	l.decoder = http2.NewDecoder(math.MaxInt32, l.limits().MaxHeadFields+1000) // of our own blocks: see sendHTTP1
+	l.encoder, l.decoder = http2.NewCollector(), nil // see sendHTTP1
 	if l.target.Balanced {
 		return false
 	}
@@ -71,17 +71,14 @@ func (l *leg) stale(c *call) bool {
 // sendHTTP1 sends the head of a request. end is whether it has no body. It reports false if the request cannot be expressed in
 // HTTP/1, and was answered.
 //
-// The head is made as a header block, so that it has the same edits and added fields, and decoded again.
+// The head is made by the code that makes header blocks, so that it has the same edits and added fields.
 func (l *leg) sendHTTP1(c *call, end bool) bool {
 	h, x := l.h, l.http1
 	x.call = c
-	block := h.appendRequest(nil, l.encoder, c.stream, c.sent.fields, c.sent.has)
-	fields, _, err := l.decoder.Decode(block)
-	defer l.decoder.Forget()
-	var request http2.Request
-	if err == nil {
-		request, err = http2.ParseRequest(fields)
-	}
+	h.appendRequest(nil, l.encoder, c.stream, c.sent.fields, c.sent.has)
+	fields := l.encoder.Collected()
+	defer l.encoder.Forget()
+	request, err := http2.ParseRequest(fields)
 	if err == nil && !expressible(&request) {
 		err = errNoTarget
 	}

@@ -110,6 +110,7 @@ type Decision struct {
 	Operation string
 
 	Telemetry *flow.Telemetry // of the request's record; nil: that of the connection
+	DryRun    *flow.DryRun    // of the request's record
 
 	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
 	// cluster: only those of the mesh receive metadata.
@@ -123,7 +124,7 @@ type Decision struct {
 
 // record sets what the decision says in the request's record.
 func (d *Decision) record(r *flow.Record) {
-	r.Cluster, r.Route = d.Cluster, d.Route
+	r.Cluster, r.Route, r.HTTP.DryRun = d.Cluster, d.Route, d.DryRun
 	if d.Telemetry != nil {
 		r.HTTP.Telemetry = d.Telemetry
 	}

@@ -67,9 +67,18 @@ type Result struct {
 	Awaited *mesh.RemoteKeys
 }
 
+// Requirement is what requests have to meet.
+type Requirement struct {
+	Own  bool   // that of a route; without it, the filter's rules count
+	Name string // of one of the filter's; empty: nothing is required
+}
+
+// ByRules is the requirement of the filter's rules.
+var ByRules = Requirement{}
+
 // Check verifies the tokens that a request needs. r.Path is in its normal form. Without keys, tokens of issuers whose keys
 // are fetched are not accepted.
-func (f *Filter) Check(r *route.Request, now time.Time, keys Keys) Result {
+func (f *Filter) Check(r *route.Request, required Requirement, now time.Time, keys Keys) Result {
 	if f.source.Refused {
 		return Result{Reply: route.Refused}
 	}
@@ -77,21 +86,35 @@ func (f *Filter) Check(r *route.Request, now time.Time, keys Keys) Result {
 	if f.source.AllowPreflight && isPreflight(r) {
 		return result
 	}
-	for i := range f.rules {
-		if !f.rules[i].match.Match(r) {
-			continue
-		}
-		c := check{filter: f, request: r, now: now, keys: keys, result: &result}
-		failure := c.require(f.rules[i].requires)
-		if result.Awaited != nil {
-			return Result{Awaited: result.Awaited}
-		}
-		if failure != nil {
-			return Result{Reply: f.deny(failure, r)}
-		}
+	requires := f.required(r, required)
+	if requires == nil {
 		return result
 	}
+	c := check{filter: f, request: r, now: now, keys: keys, result: &result}
+	failure := c.require(requires)
+	switch {
+	case result.Awaited != nil:
+		return Result{Awaited: result.Awaited}
+	case failure != nil:
+		return Result{Reply: f.deny(failure, r)}
+	}
 	return result
+}
+
+// required returns what a request has to meet; nil: nothing. A name that is not the filter's is never met.
+func (f *Filter) required(r *route.Request, required Requirement) *mesh.JWTRequirement {
+	if required.Own {
+		if required.Name == "" {
+			return nil
+		}
+		return &mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: required.Name}
+	}
+	for i := range f.rules {
+		if f.rules[i].match.Match(r) {
+			return f.rules[i].requires
+		}
+	}
+	return nil
 }
 
 // sanitize removes the fields that the filter adds from the request: a client must not make them.

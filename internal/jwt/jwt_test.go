@@ -115,7 +115,7 @@ func istio(p mesh.JWTProvider) *mesh.JWT { return requiring(anyOf(provided(p.Nam
 // failing checks the reply to a request; an empty text passes.
 func failing(t *testing.T, name string, j *mesh.JWT, r *route.Request, text string) Result {
 	t.Helper()
-	result := Of(j).Check(r, now, nil)
+	result := Of(j).Check(r, ByRules, now, nil)
 	got := ""
 	if result.Reply != nil {
 		got = result.Reply.Body
@@ -247,7 +247,7 @@ func TestRequirements(t *testing.T) {
 		"no rule for the path":             {&mesh.JWT{Providers: []mesh.JWTProvider{a}, Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/x"}, Requires: provided("a")}}}, request("/"), ""},
 		"a filter that is not understood":  {&mesh.JWT{Refused: true}, request("/"), ""},
 	} {
-		result := Of(c.filter).Check(c.request, now, nil)
+		result := Of(c.filter).Check(c.request, ByRules, now, nil)
 		got := ""
 		if result.Reply != nil {
 			got = result.Reply.Body
@@ -426,7 +426,7 @@ func FuzzCheck(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, token string) {
-		if result := Of(j).Check(bearer(token), now, nil); result.Reply == nil || result.Claims != nil {
+		if result := Of(j).Check(bearer(token), ByRules, now, nil); result.Reply == nil || result.Claims != nil {
 			t.Errorf("accepted: %q", token)
 		}
 	})
@@ -440,7 +440,7 @@ func TestTooManyTokens(t *testing.T) {
 	for _, requires := range []mesh.JWTRequirement{provided("me"), allowMissing} {
 		for _, n := range []int{maxTokens, maxTokens + 1} {
 			r := request("/", slices.Repeat([]string{"Authorization", "Bearer " + token}, n)...)
-			if reply := Of(requiring(requires, p)).Check(r, time.Now(), nil).Reply; (reply != nil) != (n > maxTokens) {
+			if reply := Of(requiring(requires, p)).Check(r, ByRules, time.Now(), nil).Reply; (reply != nil) != (n > maxTokens) {
 				t.Errorf("%d tokens: %+v", n, reply)
 			}
 		}

@@ -117,6 +117,24 @@ func (v *View) Closed(r *flow.Record) {
 	kept.mu.Unlock()
 }
 
+// Note counts a record that is not of a connection, such as a flow of datagrams, and keeps it among the last.
+func (v *View) Note(protocol flow.Protocol, r *Record) {
+	second := v.second(r.Time)
+	e := end{second: second, reason: noFailure, bytes: r.Received + r.Sent}
+	if reason, known := reasonIndex[r.Reason]; known && r.Failed {
+		e.reason = reason
+	}
+	name := r.Authority
+	if name == "" {
+		name = r.Destination
+	}
+	v.destinations[flow.Outbound].find([]byte(name)).add(&e)
+	kept := v.last.claim()
+	kept.note(protocol, r)
+	v.following.send(kept, second)
+	kept.mu.Unlock()
+}
+
 // bound returns the tallies of a record. It looks a name up only if it differs from that of the last request on the same
 // connection.
 func (v *View) bound(r *flow.Record, second uint32) *binding {

@@ -111,6 +111,20 @@ func (e *entry) fill(r *flow.Record) {
 	e.put(grpcStatus, h.GRPCStatus)
 }
 
+// note copies a record that is not of a connection.
+func (e *entry) note(protocol flow.Protocol, r *Record) {
+	var none flow.Record
+	none.HTTP, none.Direction, none.Protocol = new(flow.Request), flow.Outbound, protocol
+	e.fill(&none)
+	e.closed, e.failed, e.reason, e.failure = r.Time, r.Failed, flow.Reason(r.Reason), r.Failure
+	e.downstream, _ = netip.ParseAddrPort(r.Downstream)
+	e.destination, _ = netip.ParseAddrPort(r.Destination)
+	e.duration = time.Duration(r.DurationMS * float64(time.Millisecond))
+	e.received, e.sent = r.Received, r.Sent
+	e.used = 0
+	e.put(authority, []byte(r.Authority))
+}
+
 func (e *entry) put(word int, value []byte) {
 	from := e.used
 	if limit := longest[word]; len(value) > limit {

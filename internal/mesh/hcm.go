@@ -23,7 +23,7 @@ type HTTPManager struct {
 	UseRemoteAddress bool   // the peer is the client or a trusted proxy; without it, X-Forwarded-For is trusted and kept
 	TrustedHops      uint32 // number of trusted proxies before the peer
 	SkipXFFAppend    bool
-	Internal         []netip.Prefix // addresses of internal clients; nil: Envoy's default
+	Internal         []netip.Prefix // addresses of internal clients; empty: no client is one
 
 	// The header X-Forwarded-Client-Cert.
 	ClientCert        ClientCertAction
@@ -255,9 +255,6 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		case 24:
 			h.StreamIdleTimeout = d.duration(m.Message())
 		case 25:
-			if h.Internal == nil {
-				h.Internal = []netip.Prefix{}
-			}
 			for m := m.Message(); d.next(&m, &internalFields); {
 				d.cidrRange(m.Message(), &h.Internal)
 			}

@@ -8,16 +8,7 @@ var carriedOut = map[string]bool{
 	rbacType:            true,
 	jwtType:             true,
 	extAuthzType:        true,
-
-	// Changes of policies by routes.
-	routeRBACType:     false,
-	routeJWTType:      false,
-	routeExtAuthzType: false,
-	filterOff:         false,
 }
-
-// filterOff stands for filters that a route turns off.
-const filterOff = "envoy.config.route.v3.FilterConfig"
 
 // carry reports a policy that can restrict what passes, unless it is carried out.
 func (d *decoder) carry(policy string, restricts bool) {
@@ -34,18 +25,6 @@ func (d *decoder) carryAuthz(e *ExtAuthz) {
 		d.report(Unenforced, "questions with the bodies of requests are not carried out yet")
 	case e.PeerCert:
 		d.report(Unenforced, "questions with the certificates of clients are not carried out yet")
-	}
-}
-
-// override reports what a route changes of a policy, unless that is carried out. If the route restricts less than the
-// policy, more is refused than was configured.
-func (d *decoder) override(policy string, restricts bool) {
-	switch {
-	case carriedOut[policy]:
-	case restricts:
-		d.report(Unenforced, "policies of type "+policy+" are not carried out yet")
-	default:
-		d.report(Traffic, "exceptions by "+policy+" are not carried out yet")
 	}
 }
 

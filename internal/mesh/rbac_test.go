@@ -268,7 +268,7 @@ func TestFindingsInShadowRulesCloseNothing(t *testing.T) {
 	// Nor do those in the policy of a route, or in a configuration that comes on its own.
 	bad := nest(accessPolicy("p", nest(nil, 12), anyRule), 2)
 	table, routeFindings, err := DecodeRoutes(route(filter("rbac", rbacPerRoute, nest(bad, 2))))
-	if err != nil || len(routeFindings) != 2 || table.Hosts[0].Routes[0].Refused {
+	if err != nil || len(routeFindings) != 1 || table.Hosts[0].Routes[0].Refused {
 		t.Errorf("error %v, findings %v, route refused %v", err, routeFindings, table.Hosts[0].Routes[0].Refused)
 	}
 	if f, findings := decodeExtension(t, rbacType, bad); f.Refused || !strings.HasPrefix(findings, "traffic") {

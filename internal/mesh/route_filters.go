@@ -14,6 +14,16 @@ type RouteFilters struct {
 	Policies []RoutePolicy // at most one for each filter
 }
 
+// Policy returns the change of the policy of an HTTP filter, or nil. f may be nil.
+func (f *RouteFilters) Policy(filter string) *RoutePolicy {
+	for i := 0; f != nil && i < len(f.Policies); i++ {
+		if f.Policies[i].Filter == filter {
+			return &f.Policies[i]
+		}
+	}
+	return nil
+}
+
 // RoutePolicy is what a route changes of a policy.
 type RoutePolicy struct {
 	Filter   string // name of the HTTP filter, which may be of any type if it is turned off
@@ -105,7 +115,6 @@ func (d *decoder) routeFilter(m wire.Message, f *RouteFilters) {
 	case key == corsKey && disabled:
 		f.CORS = &CORS{Disabled: true}
 	case disabled:
-		d.override(filterOff, false)
 		d.routePolicy(f, RoutePolicy{Filter: key, Disabled: true})
 	case key == faultKey && url == faultType:
 		f.Fault = d.fault(m)

@@ -110,6 +110,11 @@ func (s *Snapshot) GatewayInspectsTLS(at netip.AddrPort) bool {
 	return l != nil && l.inspects(TLSInspector, at.Port())
 }
 
+// Accepts reports whether a gateway's listener accepts connections at an address.
+func (s *Snapshot) Accepts(at netip.AddrPort) bool {
+	return s.accepts(&ConnInfo{Destination: at}) != nil
+}
+
 // accepts returns the listener that accepts connections at their destination, or nil.
 func (s *Snapshot) accepts(c *ConnInfo) *Listener {
 	if l := s.Destination(c.Destination); l != nil && !l.Virtual {
@@ -125,6 +130,8 @@ func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
 	switch {
 	case l.Refused:
 		return nil, "the listener " + l.Name + " is refused"
+	case l.inspects(ProxyProtocol, c.Destination.Port()):
+		return nil, "the listener " + l.Name + " takes the addresses of clients from the PROXY protocol, which is not supported"
 	case !ok && !info.TLS:
 		return nil, "no filter chain of " + l.Name + " accepts it without TLS"
 	case !ok:
@@ -169,7 +176,7 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
 	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
 		now := s.Filter(&f)
-		return now == nil || !now.Disabled && (now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil)
+		return now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil
 	})
 }
 

@@ -2,6 +2,8 @@ package route
 
 import (
 	"cmp"
+	"slices"
+	"strings"
 	"sync/atomic"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -69,22 +71,62 @@ func (c *Cluster) filters() [4]*mesh.RouteFilters {
 	return filters
 }
 
-// Policy returns what the most specific part of the routes changes of the policy of an HTTP filter, or nil.
-func (c *Choice) Policy(filter string) *mesh.RoutePolicy {
+// policyLevels returns the parts of the routes that may change policies, the most specific first. Any may be nil.
+func (c *Choice) policyLevels() [4]*mesh.RouteFilters {
 	levels := [4]*mesh.RouteFilters{3: &c.table.source.Filters}
 	if c.Cluster != nil {
-		levels = c.Cluster.filters()
-	} else if c.Host != nil {
+		return c.Cluster.filters()
+	}
+	if c.Host != nil {
 		levels[2] = &c.Host.Filters
 	}
-	for _, level := range levels {
-		if level == nil {
+	return levels
+}
+
+// Check returns what the routes change of the questions of an HTTP filter. Values for servers of all its parts are joined; of
+// those with one name, the most specific is sent.
+func (c *Choice) Check(filter string) *mesh.CheckSettings {
+	joined := &mesh.CheckSettings{}
+	for _, level := range c.policyLevels() {
+		p := level.Policy(filter)
+		if p == nil || p.Check == nil {
 			continue
 		}
-		for i := range level.Policies {
-			if level.Policies[i].Filter == filter {
-				return &level.Policies[i]
+		for _, v := range p.Check.Context {
+			if !slices.ContainsFunc(joined.Context, func(known mesh.NamedValue) bool { return known.Name == v.Name }) {
+				joined.Context = append(joined.Context, v)
 			}
+		}
+	}
+	slices.SortFunc(joined.Context, func(a, b mesh.NamedValue) int { return strings.Compare(a.Name, b.Name) })
+	return joined
+}
+
+// ChangesPolicies reports whether a part of the routes changes the policy of an HTTP filter.
+func (t *Table) ChangesPolicies() bool { return t.changes }
+
+func changesPolicies(r *mesh.Routes) bool {
+	changes := len(r.Filters.Policies) > 0
+	for i := range r.Hosts {
+		h := &r.Hosts[i]
+		changes = changes || len(h.Filters.Policies) > 0
+		for k := range h.Routes {
+			changes = changes || len(h.Routes[k].Filters.Policies) > 0
+			if f := h.Routes[k].Forward; f != nil {
+				for n := range f.Clusters {
+					changes = changes || len(f.Clusters[n].Filters.Policies) > 0
+				}
+			}
+		}
+	}
+	return changes
+}
+
+// Policy returns what the most specific part of the routes changes of the policy of an HTTP filter, or nil.
+func (c *Choice) Policy(filter string) *mesh.RoutePolicy {
+	for _, level := range c.policyLevels() {
+		if p := level.Policy(filter); p != nil {
+			return p
 		}
 	}
 	return nil

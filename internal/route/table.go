@@ -14,6 +14,7 @@ import (
 type Table struct {
 	source  *mesh.Routes
 	domains domains
+	changes bool                   // see ChangesPolicies
 	hosts   []atomic.Pointer[host] // nil: not compiled yet; in the order of the source
 }
 
@@ -22,7 +23,7 @@ func Of(r *mesh.Routes) *Table {
 	if t, ok := r.Compiled.Load().(*Table); ok {
 		return t
 	}
-	t := &Table{source: r, domains: indexDomains(r.Hosts), hosts: make([]atomic.Pointer[host], len(r.Hosts))}
+	t := &Table{source: r, domains: indexDomains(r.Hosts), changes: changesPolicies(r), hosts: make([]atomic.Pointer[host], len(r.Hosts))}
 	if !r.Compiled.CompareAndSwap(nil, t) {
 		return r.Compiled.Load().(*Table)
 	}

@@ -238,14 +238,17 @@ func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.Chec
 	if answer.Denied {
 		return answer.Reply, nil
 	}
-	g.take(r, answer)
+	g.take(r, e, answer)
 	return nil, nil
 }
 
 // take carries out what an answer adds to a request that it allows.
-func (g *gate) take(r *httpforward.Request, answer *extauthz.Answer) {
+func (g *gate) take(r *httpforward.Request, e *mesh.ExtAuthz, answer *extauthz.Answer) {
 	if answer.Metadata != nil {
 		g.asked = answer.Metadata
+	}
+	if e.Reroute {
+		g.chosen.again()
 	}
 	g.responses = append(g.responses, answer.ResponseEdits...)
 	if len(answer.Edits) > 0 {

@@ -56,11 +56,11 @@ func TestRequestsThatWaitForKeysAreBounded(t *testing.T) {
 		Fields: oneField{"authorization", "Bearer eyJhbGciOiJFUzI1NiJ9.e30.AAAA"},
 	}
 	role.asking.keys.Store(maxQuestions - 1)
-	reply, waits := (&gate{role: role}).authenticate(r, filter)
+	reply, waits := (&gate{role: role}).authenticate(r, filter, nil)
 	if reply != nil || waits == nil || waits.Answered() {
 		t.Fatalf("the last request that may wait: %+v, %v", reply, waits)
 	}
-	if reply, beyond := (&gate{role: role}).authenticate(r, filter); reply == nil || reply.Status != 401 || beyond != nil {
+	if reply, beyond := (&gate{role: role}).authenticate(r, filter, nil); reply == nil || reply.Status != 401 || beyond != nil {
 		t.Errorf("a request beyond the bound: %+v, %v", reply, beyond)
 	}
 	waits.Cancel()

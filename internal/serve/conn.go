@@ -93,7 +93,9 @@ func (c *Conn) ReadFirst(detect bool) bool {
 			s.Delay = nameTimeout
 		}
 	}
-	s.Draining, s.Budget = c.role.draining, c.role.budget
+	if s.Draining, s.Budget = c.role.draining, c.role.budget; c.role.gateway {
+		s.Draining = c.leaving
+	}
 	if !detect {
 		c.protocol = sniff.Opaque
 		return true
@@ -129,6 +131,12 @@ func (c *Conn) awaitClient() bool {
 		return false
 	}
 	return true
+}
+
+// leaving reports whether a gateway's connection is to end that waits for its first bytes: the agent drains, or its listener is
+// removed.
+func (c *Conn) leaving() bool {
+	return c.role.engine.Draining() || !c.role.mesh.Snapshot().Accepts(c.Record.OriginalDestination)
 }
 
 // holdHead makes detection hold the beginning of a request as long as its head may take. A gateway's clients may be slow.

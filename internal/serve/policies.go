@@ -152,6 +152,8 @@ type gate struct {
 	shadows   shadows
 	edited    editedFields // of the request, after edits
 
+	chosen chosen
+
 	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
 
@@ -166,22 +168,15 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 	judged := false
 	for i := range h.Filters {
 		f := s.Filter(&h.Filters[i])
-		switch {
-		case f == nil || f.Refused:
+		if f == nil || f.Refused {
 			return changed, route.Refused, nil // Inbound refuses the connection as well
-		case f.Disabled:
-		case f.RBAC != nil:
-			judged, reply = true, g.authorize(h, r, f.RBAC)
-		case f.JWT != nil:
-			judged = true
-			reply, waits = g.authenticate(r, f.JWT)
-		case f.ExtAuthz != nil:
-			judged = true
-			reply, waits = g.ext(r, f.ExtAuthz, nil)
 		}
+		var now bool
+		now, reply, waits = g.apply(h, r, f)
 		if reply != nil || waits != nil {
 			return changed, reply, waits
 		}
+		judged = judged || now
 	}
 	if judged && isTunnel(r) { // requests inside of it would not be judged; Envoy answers 403 as well
 		return changed, denial(""), nil
@@ -194,6 +189,7 @@ func (g *gate) begin() {
 	g.edits, g.responses, g.claims, g.asked, g.subject.Request = nil, nil, nil, nil, nil
 	g.shadows.clear()
 	g.edited.clear()
+	g.chosen.begin()
 }
 
 // Names of filters under which they leave metadata.
@@ -241,8 +237,9 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 	return nil
 }
 
-// authenticate verifies the tokens of a request. Filters behind it see their claims.
-func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) (reply *route.Reply, waits *question) {
+// authenticate verifies the tokens of a request. Filters behind it see their claims. own is what the route requires; nil: the
+// filter's rules count.
+func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT, own *mesh.RoutePolicy) (reply *route.Reply, waits *question) {
 	g.routed = route.Request{
 		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: g.fields(r),
 		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
@@ -251,16 +248,23 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT) (reply *ro
 	if g.role != nil && g.role.keys != nil {
 		keys = g.role.keys
 	}
-	result := jwt.Of(filter).Check(&g.routed, time.Now(), keys)
+	required := jwt.ByRules
+	if own != nil {
+		required = jwt.Requirement{Own: true, Name: own.Requirement}
+	}
+	result := jwt.Of(filter).Check(&g.routed, required, time.Now(), keys)
 	if result.Awaited != nil {
 		before, _ := r.Check.(*question)
 		if waits = g.role.awaitKeys(result.Awaited, before); waits != nil {
 			return nil, waits
 		}
-		result = jwt.Of(filter).Check(&g.routed, time.Now(), present{keys})
+		result = jwt.Of(filter).Check(&g.routed, required, time.Now(), present{keys})
 	}
 	if result.Claims != nil {
 		g.claims = result.Claims
+	}
+	if result.Reroute {
+		g.chosen.again()
 	}
 	if len(result.Edits) > 0 {
 		g.edits = append(g.edits, result.Edits...)

@@ -30,3 +30,38 @@ func TestTwoHostsAreRejected(t *testing.T) {
 		}
 	}
 }
+
+// Verdicts of policies that are not enforced are recorded in the order of their filters, for requests that pass as well as for
+// those that are denied.
+func TestDryRunsAreRecorded(t *testing.T) {
+	everything := mesh.AccessPolicy{Name: "p", Permission: mesh.Condition{Kind: mesh.ConditionTrue}, Principal: mesh.Condition{Kind: mesh.ConditionTrue}}
+	shadow := func(prefix string, action mesh.Action, policies ...mesh.AccessPolicy) mesh.HTTPFilter {
+		return mesh.HTTPFilter{RBAC: &mesh.RBAC{Shadow: &mesh.Rules{Action: action, Policies: policies}, ShadowPrefix: prefix}}
+	}
+	h := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{
+		shadow("istio_dry_run_deny_", mesh.Deny, everything), shadow("istio_dry_run_allow_", mesh.Allow),
+		{RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow}}},
+	}}
+	for _, enforced := range []bool{false, true} {
+		g := gate{}
+		if !enforced {
+			h.Filters = h.Filters[:2]
+		}
+		request := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte("/"), Fields: fieldList{}}
+		if _, reply, _ := g.pass(&mesh.Snapshot{}, h, request); (reply != nil) != enforced {
+			t.Errorf("enforced %v: reply %+v", enforced, reply)
+		}
+		first := g.shadows.dryRun()
+		if first == nil || *first != (flow.DryRun{Prefix: "istio_dry_run_deny_", Policy: "p", Denied: true, Next: first.Next}) {
+			t.Fatalf("the first verdict is %+v", first)
+		}
+		if first.Next == nil || *first.Next != (flow.DryRun{Prefix: "istio_dry_run_allow_", Denied: true}) {
+			t.Errorf("the second verdict is %+v", first.Next)
+		}
+		g.begin()
+		if left := g.shadows.dryRun(); left != nil {
+			t.Errorf("the next request has the verdict %+v", left)
+		}
+		h.Filters = append(h.Filters, mesh.HTTPFilter{RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow}}})
+	}
+}

@@ -67,7 +67,9 @@ func (c *Conn) rejudge() *rejudge {
 	if g.secured {
 		info = c.infoInside()
 	}
-	return &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r := &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r.gate.follow(g.snapshot, g.chain)
+	return r
 }
 
 // Route implements httpforward.Router.
@@ -86,6 +88,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
 	}
 	decision.Telemetry = r.role.recorded(r.judged, r.chain)
+	decision.DryRun = r.gate.shadows.dryRun()
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision
@@ -141,6 +144,7 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		r.refusal = refusedChain
 		return
 	}
+	r.gate.follow(s, chain)
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {

@@ -94,6 +94,9 @@ func (r *routing) judge(s *mesh.Snapshot) {
 			return
 		}
 		r.table, r.fault, r.misdirected = route.Of(r.routes), s.Fault(chain.HTTP), chain.HTTP.MisdirectedFilter()
+		if r.gate != nil && r.table.ChangesPolicies() {
+			r.gate.chosen.table = r.table
+		}
 	}
 }
 
@@ -120,22 +123,22 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 		return r.pass(s, q)
 	}
 	r.view(q)
-	return r.forward(s)
+	choice := r.table.Find(&r.request)
+	return r.forward(s, &choice)
 }
 
-// forward routes the request that view has set.
-func (r *routing) forward(s *mesh.Snapshot) httpforward.Decision {
+// forward decides about the request that view has set, by its route.
+func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.Decision {
 	if m := r.misdirected; m != nil && m.Match(secure.HostOf(r.request.Authority)) {
 		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced}
 	}
-	choice := r.table.Find(&r.request)
 	choice.Fault = r.fault
 	if choice.Cluster == nil {
-		return httpforward.Decision{Reply: choice.Reply, Route: name(&choice), Tracing: r.traced, Telemetry: r.recorded}
+		return httpforward.Decision{Reply: choice.Reply, Route: name(choice), Tracing: r.traced, Telemetry: r.recorded}
 	}
 	config := s.Cluster(choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
-	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(&choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
+	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
 	if r.asks {
 		d.Edits = route.Consumed
 	}

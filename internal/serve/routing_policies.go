@@ -41,11 +41,20 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 	case waits != nil:
 		return httpforward.Decision{Check: waits}
 	case reply != nil:
-		return httpforward.Decision{Reply: reply, Tracing: r.traced, Peers: r.plain}
+		return httpforward.Decision{
+			Reply: reply, Tracing: r.traced, Telemetry: r.recorded, Peers: r.plain, DryRun: r.gate.shadows.dryRun(),
+		}
 	}
 	r.view(q)
-	r.request.Fields, r.request.Metadata = r.gate.fields(q), r.gate
-	d := r.forward(s)
+	if r.request.Metadata = nil; r.gate.chosen.reroute {
+		r.request.Fields, r.request.Metadata = r.gate.fields(q), r.gate
+	}
+	choice := r.gate.chosen.choice
+	if !r.gate.chosen.known {
+		choice = r.table.Find(&r.request)
+	}
+	d := r.forward(s, &choice)
+	d.DryRun = r.gate.shadows.dryRun()
 	if len(r.gate.edits) > 0 {
 		d.Edits = slices.Concat(r.gate.edits, d.Edits)
 	}

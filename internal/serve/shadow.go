@@ -4,6 +4,7 @@ import (
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -30,6 +31,15 @@ func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
 
 // clear drops the verdicts.
 func (l *shadows) clear() { l.list = l.list[:0] }
+
+// dryRun returns the verdicts for a record; nil: there are none.
+func (l *shadows) dryRun() (first *flow.DryRun) {
+	for i := len(l.list) - 1; i >= 0; i-- {
+		s := &l.list[i]
+		first = &flow.DryRun{Prefix: s.Prefix, Policy: s.Matched, Denied: s.Denied, Next: first}
+	}
+	return first
+}
 
 // match reports whether a verdict matches. One by rules that are not understood may be any, and matches: a filter that looks
 // at it asks a server then.

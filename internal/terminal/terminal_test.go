@@ -97,7 +97,7 @@ func TestStatusShowsTheControlPlane(t *testing.T) {
 			{Type: "CDS", Resources: 40, Version: "2026/7"}, {Type: "EDS", Resources: 30, Version: "2026/6"},
 			{Type: "LDS", Resources: 21, Version: "2026/7", Rejected: 1, Error: "virtualInbound: \x1b[2J"}, {Type: "NDS", Resources: 1},
 		},
-		SecurityFindings: 1, Unenforced: 4, TrafficFindings: 2, CosmeticFindings: 3,
+		SecurityFindings: 1, Unenforced: 4, TrafficFindings: 2, CosmeticFindings: 3, Unbound: []string{"0.0.0.0_80: permission denied"},
 		Identity: &live.Identity{Source: "CA", SPIFFE: "spiffe://cluster.local/ns/shop/sa/web", ExpiresSeconds: 7200, Renewals: 2, Failures: 1, Why: "no route", Problems: []string{"revocation lists: a", "b"}},
 	}}
 	plane := func() string {
@@ -110,6 +110,7 @@ func TestStatusShowsTheControlPlane(t *testing.T) {
              version 2026/7 of CDS, LDS; version 2026/6 of EDS
              LDS rejected: virtualInbound: �[2J
 findings     1 security, 4 unenforced, 2 traffic, 3 cosmetic
+             not accepting: 0.0.0.0_80: permission denied
 identity     spiffe://cluster.local/ns/shop/sa/web, expires in 2h0m0s, 2 received from the CA
              not renewed: no route
              revocation lists: a

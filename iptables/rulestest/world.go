@@ -305,7 +305,7 @@ func dialForOthers() {
 }
 
 func dialOnce(network, src, dst string, mark int) string {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), dialPatience)
 	defer cancel()
 	var from net.Dialer
 	if src != "-" {
@@ -324,17 +324,26 @@ func dialOnce(network, src, dst string, mark int) string {
 		return err.Error()
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
 	said := make([]byte, 512)
-	if network == string(ruleset.UDP) {
-		conn.Write([]byte("?"))
+	for end := time.Now().Add(dialPatience); ; {
+		deadline := end
+		if network == string(ruleset.UDP) { // a datagram may be lost, for example while a neighbour is looked up beside a load
+			conn.Write([]byte("?"))
+			deadline = time.Now().Add(time.Second)
+		}
+		conn.SetDeadline(deadline)
+		n, err := conn.Read(said)
+		switch {
+		case err == nil:
+			return string(said[:n])
+		case !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(end):
+			return err.Error()
+		}
 	}
-	n, err := conn.Read(said)
-	if err != nil {
-		return err.Error()
-	}
-	return string(said[:n])
 }
+
+// dialPatience is how long a dial and an answer may take.
+const dialPatience = 15 * time.Second
 
 // serveForOthers is the agent's DNS listener.
 func serveForOthers(address string) {

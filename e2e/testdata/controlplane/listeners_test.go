@@ -395,6 +395,14 @@ func readRanges(ranges []*core.CidrRange) (want []netip.Prefix) {
 	return want
 }
 
+// readInternal returns the ranges of a configuration of internal addresses. Without ranges no address is internal.
+func readInternal(c *hcm.HttpConnectionManager_InternalAddressConfig) []netip.Prefix {
+	if c == nil || len(c.CidrRanges) > 0 {
+		return readRanges(c.GetCidrRanges())
+	}
+	return []netip.Prefix{}
+}
+
 func readChain(c *listener.FilterChain) *mesh.FilterChain {
 	want := &mesh.FilterChain{Name: c.Name, HandshakeTimeout: c.GetTransportSocketConnectTimeout().AsDuration(),
 		Origin: c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["config"].GetStringValue()}
@@ -525,7 +533,7 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 	want := &mesh.HTTPManager{
 		Codec: mesh.HTTPCodec(h.CodecType), RouteName: h.GetRds().GetRouteConfigName(),
 		UseRemoteAddress: h.GetUseRemoteAddress().GetValue(), TrustedHops: h.XffNumTrustedHops, SkipXFFAppend: h.SkipXffAppend,
-		Internal: readRanges(h.GetInternalAddressConfig().GetCidrRanges()), ClientCert: mesh.ClientCertAction(h.ForwardClientCertDetails),
+		Internal: readInternal(h.InternalAddressConfig), ClientCert: mesh.ClientCertAction(h.ForwardClientCertDetails),
 		NormalizePath: h.GetNormalizePath().GetValue(), MergeSlashes: h.MergeSlashes, EscapedSlashes: mesh.EscapedSlashes(h.PathWithEscapedSlashesAction),
 		StripMatchingPort: h.StripMatchingHostPort, StripPort: h.GetStripAnyHostPort(), StripTrailingDot: h.StripTrailingHostDot, AppendPort: h.AppendXForwardedPort,
 		ServerName: h.ServerName, ServerHeader: mesh.ServerHeader(h.ServerHeaderTransformation), GenerateRequestID: h.GenerateRequestId == nil || h.GenerateRequestId.Value,

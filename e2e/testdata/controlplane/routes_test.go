@@ -418,15 +418,19 @@ func readEdits(m edited) mesh.Edits {
 }
 
 func readFilters(filters map[string]*anypb.Any) (want mesh.RouteFilters) {
-	for _, packed := range filters {
+	for key, packed := range filters {
 		disabled := false
 		if packed.MessageIs(&route.FilterConfig{}) {
 			config := unpack(packed.Value, &route.FilterConfig{})
 			packed, disabled = config.Config, config.Disabled
 		}
 		switch {
-		case disabled:
+		case disabled && key == "envoy.filters.http.fault":
 			want.Fault = &mesh.Fault{Disabled: true}
+		case disabled && key == "envoy.filters.http.cors":
+			want.CORS = &mesh.CORS{Disabled: true}
+		case disabled:
+			want.Policies = append(want.Policies, mesh.RoutePolicy{Filter: key, Disabled: true})
 		case packed.MessageIs(&fault.HTTPFault{}):
 			want.Fault = readFault(unpack(packed.Value, &fault.HTTPFault{}))
 		case packed.MessageIs(&cors.CorsPolicy{}):

@@ -96,7 +96,7 @@ type ingress struct {
 	agent         *nettest.Process // of the gateway
 }
 
-func newIngress(t *testing.T, configs string) *ingress {
+func newIngress(t *testing.T, configs string, objects ...string) *ingress {
 	t.Helper()
 	g := newPodWithoutRules(t, workload{pod: gatewayPod, ip: "203.0.113.250", account: "ingress", name: "istio-ingressgateway", app: "istio-ingressgateway"})
 	g.command = []string{"proxy", "router", "--domain", "default.svc.cluster.local", "--proxyLogLevel=warning", "--log_output_level=default:info"}
@@ -108,7 +108,7 @@ func newIngress(t *testing.T, configs string) *ingress {
 		d.MustRun(t, "ip", "route", "add", far+"/32", "dev", "eth0", "src", d.ip)
 	}
 	serveMutual(t, b)
-	x := &ingress{gateway: g, back: b, plane: startPlaneOf(t, []*pod{g, b}, configs, ingressService)}
+	x := &ingress{gateway: g, back: b, plane: startPlaneOf(t, []*pod{g, b}, configs, append(objects, ingressService)...)}
 	for _, d := range []*pod{b, g} {
 		x.agent = d.launch(t, x.plane, "PILLION_ACCESS_LOG=/dev/stdout",
 			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","istio":"ingressgateway","service.istio.io/canonical-name":"`+d.app+`"}}`)
@@ -187,6 +187,9 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 			t.Errorf("%s: %v, %q, error %v", c.url, response, body, err)
 		}
 	}
+	if text, err := x.gateway.get(adminPort, "explain?url=http://www.ssoon.dev:8080/"); err != nil || !strings.Contains(text, `"result":"sent to outbound|80||svc-clusterip`) {
+		t.Errorf("explain: %s, error %v", text, err)
+	}
 	conn, err := x.dial(9000)
 	if err != nil {
 		t.Fatal(err)
@@ -217,6 +220,11 @@ func (x *ingress) curl(arguments ...string) (string, error) {
 
 // load sends requests on connections that are kept and on new ones, until stop is called.
 func (x *ingress) load(port int) (stop func() (requests int64, errs []error)) {
+	return x.loadBy(func(keepAlive bool) *http.Client { return x.outsider(port, keepAlive) }, "http://www.ssoon.dev/")
+}
+
+// loadBy is load with other clients, to a URL.
+func (x *ingress) loadBy(outsider func(keepAlive bool) *http.Client, url string) (stop func() (requests int64, errs []error)) {
 	var count atomic.Int64
 	var mu sync.Mutex
 	var errs []error
@@ -224,7 +232,7 @@ func (x *ingress) load(port int) (stop func() (requests int64, errs []error)) {
 	done := make(chan struct{})
 	for i := range 4 {
 		senders.Go(func() {
-			client := x.outsider(port, i%2 == 0)
+			client := outsider(i%2 == 0)
 			defer client.CloseIdleConnections()
 			for {
 				select {
@@ -232,7 +240,7 @@ func (x *ingress) load(port int) (stop func() (requests int64, errs []error)) {
 					return
 				default:
 				}
-				response, _, err := x.get(client, "http://www.ssoon.dev/")
+				response, _, err := x.get(client, url)
 				if err == nil && response.StatusCode != 200 {
 					err = errors.New(response.Status)
 				}
@@ -290,8 +298,57 @@ func TestListenersComeAndGoUnderLoad(t *testing.T) {
 	}
 }
 
-// A port that cannot be bound is told by name, and the other listeners serve.
-func TestAPortThatIsTakenIsTold(t *testing.T) {
+// gatewayAPI is a gateway of Kubernetes' own kind, which istiod compiles for the same pod.
+const gatewayAPI = `
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: istio}
+spec: {controllerName: istio.io/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: web, namespace: default}
+spec:
+  addresses: [{value: istio-ingressgateway, type: Hostname}]
+  gatewayClassName: istio
+  listeners: [{name: http, hostname: "*.ssoon.dev", port: 80, protocol: HTTP}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: default}
+spec:
+  parentRefs: [{name: web}]
+  hostnames: [www.ssoon.dev]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /old}}]
+    filters: [{type: RequestRedirect, requestRedirect: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /new}, statusCode: 302}}]
+  - backendRefs: [{name: svc-clusterip, port: 80}]
+`
+
+func TestRoutesOfTheGatewayAPIAreFollowed(t *testing.T) {
+	x := newIngress(t, "", gatewayAPI)
+	client := x.outsider(8080, true)
+	defer client.CloseIdleConnections()
+	for _, c := range []struct {
+		url, location string
+		status        int
+	}{
+		{"http://www.ssoon.dev/path", "", 200},
+		{"http://www.ssoon.dev/old/path", "http://www.ssoon.dev/new/path", 302},
+		{"http://other.ssoon.dev/", "", 404},
+	} {
+		await(t, func() error {
+			response, body, err := x.get(client, c.url)
+			if err == nil && (response.StatusCode != c.status || response.Header.Get("Location") != c.location) {
+				err = fmt.Errorf("%s: %v, %q", c.url, response, body)
+			}
+			return err
+		})
+	}
+}
+
+// A port that cannot be bound is reported by name, and the other listeners serve.
+func TestAPortThatIsTakenIsReported(t *testing.T) {
 	x := newIngress(t, ingressConfig)
 	taken := x.gateway.Listen(t, "tcp4", "0.0.0.0:9081")
 	x.plane.apply(anotherListener)

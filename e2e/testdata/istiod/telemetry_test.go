@@ -92,7 +92,7 @@ func TestAccessLogsAreAsTelemetryResourcesHaveThem(t *testing.T) {
 		t.Error("a request that the filter does not select is logged")
 	}
 
-	// The namespace logs everything again, and the workload nothing of what it sends.
+	// The namespace logs everything again, and the workload only what it receives.
 	c.plane.apply(telemetry("default", "namespace", "accessLogging:", "- providers: [{name: lines}]"))
 	c.plane.apply(telemetry("default", "workload", "selector: {matchLabels: {app: nginx}}", "accessLogging:", "- match: {mode: CLIENT}", "  disabled: true"))
 	attempt := 0
