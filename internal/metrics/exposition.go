@@ -36,7 +36,7 @@ type Sources struct {
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
 
-	ControlPlane func() ControlPlane // nil: there is none
+	ControlPlane func() ControlPlane // nil: the agent decides alone
 }
 
 // Upstream holds the counters of a direction's upstream connections.
