@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"iter"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 type shown struct {
 	*controlplane.Session
 	balancer *balance.Balancer
+	count    func(to map[netip.AddrPort]int)       // adds the open connections to each endpoint
 	unbound  func() map[string]*configdump.Refusal // listeners that cannot be bound
 }
 
@@ -52,10 +54,12 @@ func (s shown) Clusters() iter.Seq[admin.Cluster] {
 		if snapshot == nil {
 			return
 		}
+		connections := make(map[netip.AddrPort]int)
+		s.count(connections)
 		for name, cluster := range snapshot.Clusters() {
 			list := hosts(snapshot.Hosts(cluster))
 			if used := s.balancer.Known(name); used != nil {
-				list = usedHosts(used)
+				list = usedHosts(used, connections)
 			}
 			if !yield(admin.Cluster{Name: name, Hosts: list}) {
 				return
@@ -89,7 +93,7 @@ func host(l *mesh.Locality, e *mesh.Endpoint) admin.Host {
 }
 
 // usedHosts returns the hosts of a cluster that requests have gone to. Hosts by name are there with their addresses.
-func usedHosts(c *balance.Cluster) (list []admin.Host) {
+func usedHosts(c *balance.Cluster, connections map[netip.AddrPort]int) (list []admin.Host) {
 	for _, state := range c.Hosts() {
 		h := host(state.Locality, &state.Endpoint)
 		h.Ejected = state.Ejected()
@@ -97,6 +101,7 @@ func usedHosts(c *balance.Cluster) (list []admin.Host) {
 			h.Use = &admin.Use{
 				Active: uint64(max(state.Active(), 0)), Total: total, Successes: state.Stats.Successes.Load(),
 				Errors: state.Stats.Failures.Load(), ConnectFailures: state.Stats.Refused.Load(),
+				Connections: uint64(connections[state.Address]),
 			}
 		}
 		list = append(list, h)

@@ -226,7 +226,7 @@ func (a *Agent) shownControlPlane() admin.ControlPlane {
 	if a.plane.session == nil {
 		return nil
 	}
-	return shown{a.plane.session, a.balancer, a.unbound}
+	return shown{a.plane.session, a.balancer, a.countUpstream, a.unbound}
 }
 
 // snapshot returns the function that returns the configuration in force, or nil without a control plane.

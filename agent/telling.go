@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/accesslog"
@@ -281,6 +282,15 @@ func (a *Agent) upstreamStats(direction flow.Direction) metrics.Upstream {
 		}
 	}
 	return sum
+}
+
+// countUpstream adds the open connections to each endpoint that outbound traffic has.
+func (a *Agent) countUpstream(to map[netip.AddrPort]int) {
+	for _, l := range a.listeners {
+		if l.direction == flow.Outbound {
+			l.pool.Stats.Count(to)
+		}
+	}
 }
 
 func (a *Agent) backOffs() (sum uint64) {

@@ -221,6 +221,56 @@ print("rcode", s.recv(1000)[3] & 15)`}},
 	})
 }
 
+// The command cannot undo the rules, nor leave its namespaces, and the policy still holds after it has tried.
+func TestRunHoldsAgainstItsCommand(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		w := newWorld(t, c)
+		const attempts = `
+import ctypes, os, signal, socket, subprocess
+libc = ctypes.CDLL(None, use_errno=True)
+def system(call, *arguments):
+    if getattr(libc, call)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "")
+def option(level, name):
+    socket.socket().setsockopt(level, name, 1)
+def program(*words):
+    if subprocess.run(words, capture_output=True).returncode != 0:
+        raise PermissionError
+PTRACE_ATTACH, SO_MARK, IP_TRANSPARENT, CLONE_NEWNET, CLONE_NEWNS = 16, 36, 19, 0x40000000, 0x20000
+for name, attempt in {
+    "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
+    "a raw socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP),
+    "a mark": lambda: option(socket.SOL_SOCKET, SO_MARK),
+    "a transparent socket": lambda: option(socket.SOL_IP, IP_TRANSPARENT),
+    "a trace of the helper": lambda: system("ptrace", PTRACE_ATTACH, 1, 0, 0),
+    "the helper's files": lambda: os.readlink("/proc/1/fd/3"),
+    "its network": lambda: system("setns", os.open("/proc/self/ns/net", os.O_RDONLY), CLONE_NEWNET),
+    "a namespace": lambda: system("unshare", CLONE_NEWNS),
+    "a mount": lambda: program("mount", "-t", "tmpfs", "none", "/mnt"),
+    "a route": lambda: program("ip", "route", "add", "` + evilAddress + `", "dev", "lo"),
+    "an address": lambda: program("ip", "address", "add", "` + evilAddress + `/32", "dev", "pillion0"),
+    "the rules": lambda: program("nft", "flush", "ruleset"),
+}.items():
+    try:
+        attempt()
+        print(name, "was had")
+    except PermissionError:
+        pass
+os.kill(1, signal.SIGKILL)
+os.kill(1, signal.SIGTERM)
+os.execvp("curl", ["curl", "-sS", "-m", "10", "--noproxy", "*", "http://` + evilAddress + `/"])`
+		output, reasons := w.try(t, []string{"--default", "deny", "--allow", "good.example"}, []string{"python3", "-c", attempts})
+		if want := "pillion: " + evilAddress + ":80 is not allowed by a rule\n"; output != want || !slices.Equal(reasons, []string{"denied"}) {
+			t.Errorf("the command printed %q, want %q; the reasons are %q", output, want, reasons)
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.evil != 0 {
+			t.Errorf("evil.example's servers received %d connections", w.evil)
+		}
+	})
+}
+
 // echConfigs returns a configuration of encrypted ClientHellos whose outer name is name.
 func echConfigs(t *testing.T, name string) []byte {
 	t.Helper()

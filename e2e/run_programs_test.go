@@ -387,6 +387,20 @@ func (s *screen) enter(text, want string) {
 	}
 }
 
+// resize changes the size of the terminal.
+func (s *screen) resize(rows, columns uint16) {
+	s.t.Helper()
+	raw, err := s.file.SyscallConn()
+	if err == nil {
+		raw.Control(func(fd uintptr) {
+			err = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: rows, Col: columns})
+		})
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // foreground is the process group to which the terminal sends signals.
 func (s *screen) foreground() (group int) {
 	raw, err := s.file.SyscallConn()
@@ -413,6 +427,10 @@ func TestRunKeepsTheTerminal(t *testing.T) {
 		terminal.Close()
 		s.enter("", "prompt> ")
 		s.enter("stty size\r", "33 77\r\n")
+		s.enter(`python3 -c 'import signal as s; w = [s.SIGWINCH]; s.pthread_sigmask(s.SIG_BLOCK, w); print("wai" "ting", flush=True); s.sigwait(w); print("res" "ized")'`+"\r", "waiting\r\n")
+		s.resize(44, 88)
+		s.enter("", "resized\r\n")
+		s.enter("stty size\r", "44 88\r\n")
 		s.enter("sh -c 'echo sta''rted; exec sleep 1000'\r", "started\r\n")
 		s.enter("\x1a", "Stopped")
 		s.enter("kill -KILL %1; echo kil''led\r", "killed\r\n")

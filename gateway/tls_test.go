@@ -158,7 +158,7 @@ func (p *pushed) handshake(config *tls.Config) (*tls.Conn, error) {
 	return conn, nil
 }
 
-// partner is the configuration of a client that asks for a name and has a certificate; nil: it has none.
+// partner is the configuration of a client that asks for a name and has a certificate, or not.
 func (p *pushed) partner(name string, c *tls.Certificate) *tls.Config {
 	config := &tls.Config{ServerName: name, RootCAs: p.issuer.Roots.Pool, InsecureSkipVerify: true}
 	if c != nil {
@@ -180,7 +180,7 @@ func get(conn net.Conn, host string) (status int, body string, err error) {
 	return response.StatusCode, string(b), err
 }
 
-// A certificate that is missing closes its servers, by its name in the reason, and they are open when it has come.
+// A certificate that is missing closes its servers, and the reason names it. They are open when it has come.
 func TestServersWaitForTheirCertificates(t *testing.T) {
 	p := newPushed(t, 443)
 	serveAt(t, p.Rig, 9001)
@@ -291,7 +291,7 @@ func TestAChainRoutesTheHostsOfItsOwnServerOnly(t *testing.T) {
 	}
 }
 
-// A host of another server is told to use another connection where istiod's filter is in the chain.
+// A request for a host of another server is answered 421 where istiod's filter is in the chain.
 func TestAHostOfAnotherServerIsMisdirected(t *testing.T) {
 	p := newPushed(t, 443)
 	serveAt(t, p.Rig, 9001)
@@ -364,6 +364,43 @@ func TestAServerThatBecomesMutualDrainsItsConnections(t *testing.T) {
 	}
 	if _, _, err := get(tls.Client(r.Dial(t, r.At(443)), p.partner(shop, nil)), shop); err == nil {
 		t.Error("a new client without a certificate is served")
+	}
+}
+
+// sessions keeps what a client may resume, whatever the name is that it asks for.
+type sessions struct {
+	last atomic.Pointer[tls.ClientSessionState]
+}
+
+func (s *sessions) Get(string) (*tls.ClientSessionState, bool) {
+	last := s.last.Load()
+	return last, last != nil
+}
+
+func (s *sessions) Put(_ string, state *tls.ClientSessionState) { s.last.Store(state) }
+
+// The session of one server opens no other one: servers give no session to resume.
+func TestSessionsAreNotResumed(t *testing.T) {
+	p := newPushed(t, 443)
+	serveAt(t, p.Rig, 9001)
+	p.secrets(t)
+	p.Discard()
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		kept := &sessions{}
+		for _, name := range []string{shop, shop, mutual} {
+			config := p.partner(name, nil)
+			config.ClientSessionCache, config.MaxVersion = kept, version
+			resumed, status := false, 0
+			conn, err := p.handshake(config)
+			if err == nil {
+				resumed = conn.ConnectionState().DidResume
+				status, _, err = get(conn, name)
+				conn.Close()
+			}
+			if resumed || kept.last.Load() != nil || (status == 200) != (name == shop) {
+				t.Errorf("%s with version %#x: resumed %v, a session is kept: %v, status %d, error %v", name, version, resumed, kept.last.Load() != nil, status, err)
+			}
+		}
 	}
 }
 

@@ -60,6 +60,10 @@ var attacks = []attack{
 	{"slow heads at a gateway", 2000, bystanderAddress, secured(slowHead), gateway},
 	{"slow bodies at a gateway", 2000, bystanderAddress, secured(slowBody), gateway},
 	{"stalled handshakes at a gateway", 2000, bystanderAddress, stalledHandshake, gateway},
+	{"rapid reset of routed streams", 20, bystanderAddress, secured(rapidReset, "h2"), gateway},
+	{"CONTINUATION flood, routed", 20, bystanderAddress, secured(continuationFlood, "h2"), gateway},
+	{"SETTINGS flood, routed", 20, bystanderAddress, secured(flood(http2.FrameSettings, 6), "h2"), gateway},
+	{"unfinished header blocks, routed", 600, bystanderAddress, secured(unfinishedBlock, "h2"), gateway},
 }
 
 const shortForm = 4000

@@ -37,9 +37,9 @@ func (w *world) startGateway(t testing.TB) {
 	w.startAgent(t, nil, "gateway", "--listen", originAddress, "--cert", path, "--key", path, "--route", "*="+directAddress)
 }
 
-// secured carries an attack inside TLS.
-func secured(carry func(net.Conn, func())) func(net.Conn, func()) {
+// secured carries an attack inside TLS, with protocols for ALPN. A gateway routes the streams of HTTP/2 one by one.
+func secured(carry func(net.Conn, func()), protocols ...string) func(net.Conn, func()) {
 	return func(conn net.Conn, begun func()) {
-		carry(tls.Client(conn, &tls.Config{InsecureSkipVerify: true}), begun)
+		carry(tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: protocols}), begun)
 	}
 }

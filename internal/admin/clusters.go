@@ -100,8 +100,9 @@ func (h *handler) statuses() iter.Seq[clusterStatus] {
 	}
 }
 
-// clusters prints those of Envoy's fields that the agent has values for. cx_active counts downstream connections. There are
-// as many upstream, except with HTTP/1, where idle upstream connections are pooled.
+// clusters prints those of Envoy's fields that the agent has values for. cx_active of the agent's own clusters counts downstream
+// connections. There are as many upstream, except with HTTP/1, where idle upstream connections are pooled. That of the control
+// plane's hosts counts the connections to them, also those of other clusters with the same address.
 func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 	asJSON, ok := wantsJSON(w, r)
 	if !ok {
@@ -211,7 +212,7 @@ func (h *hostStatus) stats() (list []hostStat) {
 		list = append(list, hostStat{"cx_active", uint64(h.open), true})
 	}
 	if u := h.Use; u != nil {
-		list = append(list, hostStat{"cx_connect_fail", u.ConnectFailures, false}, hostStat{"rq_active", u.Active, true},
+		list = append(list, hostStat{"cx_active", u.Connections, true}, hostStat{"cx_connect_fail", u.ConnectFailures, false}, hostStat{"rq_active", u.Active, true},
 			hostStat{"rq_error", u.Errors, false}, hostStat{"rq_success", u.Successes, false}, hostStat{"rq_total", u.Total, false})
 	}
 	return list

@@ -49,6 +49,7 @@ type Host struct {
 // Use is what a host has been used for. Connections that are not HTTP count as requests.
 type Use struct {
 	Active, Total, Successes, Errors uint64
+	Connections                      uint64 // open, to the host's address
 	ConnectFailures                  uint64 // among Errors
 }
 

@@ -91,7 +91,7 @@ func controlled() configured {
 	), clusters: []Cluster{{Name: "outbound|80||web.shop.svc.cluster.local", Hosts: []Host{
 		{Address: "198.51.100.8", Port: 8080, Weight: 3, Health: "HEALTHY", Region: "here", Zone: "a", SubZone: "b"},
 		{Address: "name.example", Port: 443, Weight: 1, Priority: 1, Health: "UNHEALTHY"},
-		{Address: "198.51.100.9", Port: 8080, Weight: 1, Health: "UNKNOWN", Ejected: true, Use: &Use{Active: 1, Total: 9, Successes: 6, Errors: 2, ConnectFailures: 1}},
+		{Address: "198.51.100.9", Port: 8080, Weight: 1, Health: "UNKNOWN", Ejected: true, Use: &Use{Active: 1, Total: 9, Successes: 6, Errors: 2, ConnectFailures: 1, Connections: 3}},
 	}}, {Name: "coming"}}}
 }
 

@@ -39,6 +39,8 @@ type Request struct {
 	// Scratch is memory in which the values of repeated fields are joined. Judge grows it; a caller that keeps it between
 	// requests saves the allocation.
 	Scratch []byte
+
+	plain []byte // see plainPath
 }
 
 // Fields are the header fields of a request in the order of their arrival, without pseudo-header fields.

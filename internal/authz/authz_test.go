@@ -489,3 +489,67 @@ func TestExplain(t *testing.T) {
 		t.Errorf("without rules: %+v", got)
 	}
 }
+
+// unguarded returns c without guards.
+func unguarded(c condition) condition {
+	c.guard = notPseudo
+	c.of = slices.Clone(c.of)
+	for i := range c.of {
+		c.of[i] = unguarded(c.of[i])
+	}
+	return c
+}
+
+// Guards exclude only what is not met.
+func TestGuardsChangeNoValue(t *testing.T) {
+	random := rand.New(rand.NewPCG(5, 6))
+	values := []string{"", "GET", "get", "POST"}
+	var make func(depth int) mesh.Condition
+	make = func(depth int) mesh.Condition {
+		kind := random.IntN(8)
+		if depth == 0 {
+			kind %= 5
+		}
+		switch kind {
+		case 0, 1, 2:
+			c := header([]string{":method", ":authority", "Host", "x"}[random.IntN(4)], exact(values[random.IntN(4)]))
+			c.Header.Invert, c.Header.MissingIsEmpty = random.IntN(6) == 0, random.IntN(6) == 0
+			c.Header.Text.IgnoreCase = random.IntN(6) == 0
+			return c
+		case 3:
+			return riddle
+		case 4:
+			return path(prefix("/a"))
+		case 5:
+			return not(make(depth - 1))
+		}
+		c := mesh.Condition{Kind: []mesh.ConditionKind{mesh.ConditionAll, mesh.ConditionAny}[kind-6]}
+		for range 1 + random.IntN(3) {
+			c.Of = append(c.Of, make(depth-1))
+		}
+		return c
+	}
+	excluded := 0
+	for range 20_000 {
+		source, s := make(4), request()
+		s.Request.Method, s.Request.Authority = []byte(values[random.IntN(4)]), []byte(values[random.IntN(4)])
+		switch random.IntN(8) {
+		case 0:
+			s.Request.Method = nil
+		case 1:
+			s.Request = nil
+		}
+		c := compile(&source)
+		plain := unguarded(c)
+		got, want := c.met(s), plain.met(s)
+		if got != want || c.excluded(s.Request) && want != no {
+			t.Fatalf("%s: %v, without guards %v", c.why(s), got, want)
+		}
+		if c.excluded(s.Request) {
+			excluded++
+		}
+	}
+	if excluded < 1000 {
+		t.Errorf("%d of 20000 are excluded by a guard", excluded)
+	}
+}

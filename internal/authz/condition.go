@@ -13,14 +13,50 @@ import (
 
 // condition is a compiled mesh.Condition.
 type condition struct {
+	kind mesh.ConditionKind // that of Condition, where it costs no look into other memory
+	name pseudo             // of a header
 	*mesh.Condition
 	of      []condition
 	text    match.Text     // of its Text, or of its header's Text
 	pattern *regexp.Regexp // of its template
+
+	// A value that the pseudo-header field guard must have, or the condition is not met. Most rules are excluded by it, without
+	// a look at the rest.
+	guard     pseudo // notPseudo: there is none
+	guardText string
+}
+
+// protect sets the guard: a condition on an exact value, or the first one of several that all have to be met.
+func (c *condition) protect() {
+	switch {
+	case c.kind == mesh.ConditionAll:
+		for i := range c.of {
+			if c.of[i].guard != notPseudo {
+				c.guard, c.guardText = c.of[i].guard, c.of[i].guardText
+				return
+			}
+		}
+	case c.kind == mesh.ConditionHeader && c.name != notPseudo:
+		if h := c.Header; h.Kind == mesh.HeaderText && h.Text.Kind == mesh.MatchExact && !h.Text.IgnoreCase && !h.Invert && !h.MissingIsEmpty {
+			c.guard, c.guardText = c.name, h.Text.Text
+		}
+	}
+}
+
+// excluded reports whether the guard of c excludes a request: its value is no then.
+func (c *condition) excluded(r *Request) bool {
+	if c.guard == notPseudo || r == nil {
+		return false
+	}
+	value, _ := r.pseudo(c.guard)
+	return string(value) != c.guardText
 }
 
 func compile(c *mesh.Condition) condition {
-	compiled := condition{Condition: c, of: make([]condition, len(c.Of))}
+	if len(c.Of) == 1 && (c.Kind == mesh.ConditionAll || c.Kind == mesh.ConditionAny) {
+		return compile(&c.Of[0])
+	}
+	compiled := condition{kind: c.Kind, Condition: c, of: make([]condition, len(c.Of))}
 	for i := range c.Of {
 		compiled.of[i] = compile(&c.Of[i])
 	}
@@ -28,10 +64,11 @@ func compile(c *mesh.Condition) condition {
 	case c.Text != nil:
 		compiled.text = match.Compile(c.Text)
 	case c.Header != nil:
-		compiled.text = match.Compile(&c.Header.Text)
+		compiled.text, compiled.name = match.Compile(&c.Header.Text), pseudoOf(c.Header.Name)
 	case c.Kind == mesh.ConditionTemplate:
 		compiled.pattern = compileTemplate(c.Template)
 	}
+	compiled.protect()
 	return compiled
 }
 
@@ -41,7 +78,7 @@ func (c *condition) looksAtClient() bool {
 
 // met returns the value of a condition.
 func (c *condition) met(s *Subject) value {
-	switch c.Kind {
+	switch c.kind {
 	case mesh.ConditionTrue:
 		return yes
 	case mesh.ConditionAll:
@@ -53,7 +90,9 @@ func (c *condition) met(s *Subject) value {
 	case mesh.ConditionAny:
 		some := no
 		for i := 0; i < len(c.of) && some != yes; i++ {
-			some = max(some, c.of[i].met(s))
+			if !c.of[i].excluded(s.Request) {
+				some = max(some, c.of[i].met(s))
+			}
 		}
 		return some
 	case mesh.ConditionNot:
@@ -102,14 +141,14 @@ func (c *condition) principal(s *Subject) value {
 }
 
 func (c *condition) metByRequest(r *Request) value {
-	switch c.Kind {
+	switch c.kind {
 	case mesh.ConditionHeader:
 		return c.header(r)
 	case mesh.ConditionPath:
 		if r.Path == nil {
 			return no
 		}
-		return c.text.Match(pathOnly(r.Path))
+		return c.text.Match(r.plainPath())
 	case mesh.ConditionTemplate:
 		return c.template(r)
 	case mesh.ConditionMetadata:
@@ -119,6 +158,14 @@ func (c *condition) metByRequest(r *Request) value {
 		return truth(r.Metadata.Match(c.Metadata))
 	}
 	return unknown
+}
+
+// plainPath returns the path without its query and fragment. It is looked for once.
+func (r *Request) plainPath() []byte {
+	if r.plain == nil {
+		r.plain = pathOnly(r.Path)
+	}
+	return r.plain
 }
 
 // pathOnly returns a path without its query and fragment.
@@ -159,7 +206,7 @@ func compileTemplate(template string) *regexp.Regexp {
 
 // template matches the path with a template. A path with bytes that no path has might be read in another way by a server.
 func (c *condition) template(r *Request) value {
-	path := pathOnly(r.Path)
+	path := r.plainPath()
 	switch {
 	case r.Path == nil:
 		return no

@@ -100,7 +100,7 @@ func (c *condition) found(s *Subject) string {
 	}
 	switch c.Kind {
 	case mesh.ConditionHeader:
-		value, present := s.Request.value(c.Header.Name)
+		value, present := c.field(s.Request)
 		if !present {
 			return "header " + c.Header.Name + ", which is absent,"
 		}

@@ -11,7 +11,7 @@ import (
 // if the matcher is inverted, except if the presence of the field is what is matched, or it counts as empty.
 func (c *condition) header(r *Request) value {
 	h := c.Header
-	b, present := r.value(h.Name)
+	b, present := c.field(r)
 	var met value
 	switch {
 	case h.Kind == mesh.HeaderPresence:
@@ -30,18 +30,58 @@ func (c *condition) header(r *Request) value {
 	return met
 }
 
-// value returns the value of a header field by its name, which may be that of a pseudo-header field.
-func (r *Request) value(name string) (value []byte, present bool) {
+// field returns the value of the header field that c looks at.
+func (c *condition) field(r *Request) (value []byte, present bool) {
+	if c.name != notPseudo {
+		return r.pseudo(c.name)
+	}
+	return r.value(c.Header.Name)
+}
+
+// pseudo is a pseudo-header field.
+type pseudo uint8
+
+const (
+	notPseudo pseudo = iota
+	pseudoMethod
+	pseudoPath
+	pseudoScheme
+	pseudoAuthority
+)
+
+// pseudoOf returns the pseudo-header field of a name.
+func pseudoOf(name string) pseudo {
 	switch {
 	case name == ":method":
-		return r.Method, r.Method != nil
+		return pseudoMethod
 	case name == ":path":
-		return r.Path, r.Path != nil
+		return pseudoPath
 	case name == ":scheme":
-		return r.Scheme, r.Scheme != nil
+		return pseudoScheme
 	case name == ":authority" || strings.EqualFold(name, "host"):
-		return r.Authority, r.Authority != nil
-	case r.Fields == nil:
+		return pseudoAuthority
+	}
+	return notPseudo
+}
+
+// pseudo returns the value of a pseudo-header field.
+func (r *Request) pseudo(name pseudo) (value []byte, present bool) {
+	switch name {
+	case pseudoMethod:
+		value = r.Method
+	case pseudoPath:
+		value = r.Path
+	case pseudoScheme:
+		value = r.Scheme
+	case pseudoAuthority:
+		value = r.Authority
+	}
+	return value, value != nil
+}
+
+// value returns the value of a header field that is not a pseudo-header field.
+func (r *Request) value(name string) (value []byte, present bool) {
+	if r.Fields == nil {
 		return nil, false
 	}
 	found := 0

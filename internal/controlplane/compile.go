@@ -102,8 +102,8 @@ func judgeSecret(s *mesh.Secret) []mesh.Finding {
 	return []mesh.Finding{{Class: mesh.Security, Path: path, Problem: problem}}
 }
 
-// closed returns a value that refuses everything that uses the resource. It is nil for endpoints, without which a cluster
-// has no host; and for a listener, which cannot be found without its address.
+// closed returns a value that refuses everything that uses the resource. It is nil for endpoints: a cluster without them has no
+// host; and for a listener: it cannot be found without its address.
 func closed(t xds.Type, name string) any {
 	switch t {
 	case xds.Clusters:

@@ -191,7 +191,7 @@ var Explanations = []Explanation{
 	{TLSPeerRefused, "", "", "",
 		"The peer's certificate is revoked, malformed, for another use, has none of the configured hashes, or not exactly one SPIFFE ID; the log has the cause."},
 	{TLSNoIdentity, "", "", "",
-		"TLS is required, and this workload has no certificate or no roots of trust yet."},
+		"TLS is required, and this workload, or the server of a gateway, has no certificate or no roots of trust yet; the log names the secret."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,

@@ -89,6 +89,9 @@ func (h *hub) place(c *call) *leg {
 			l.http1.broken, l.closing = true, true
 			continue
 		}
+		if translate && l.room() > 0 {
+			return l // it has one place, and the others need not be looked at
+		}
 		closed = closed || l.limit == 0
 		if best == nil || l.room() > best.room() {
 			best = l

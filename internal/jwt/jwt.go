@@ -109,6 +109,11 @@ func (f *Filter) required(r *route.Request, required Requirement) *mesh.JWTRequi
 		}
 		return &mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: required.Name}
 	}
+	if string(r.Path) == "*" { // OPTIONS about the whole server: what its paths require counts
+		root := *r
+		root.Path = []byte("/")
+		r = &root
+	}
 	for i := range f.rules {
 		if f.rules[i].match.Match(r) {
 			return f.rules[i].requires

@@ -446,3 +446,28 @@ func TestTooManyTokens(t *testing.T) {
 		}
 	}
 }
+
+// OPTIONS about the whole server needs the tokens of its paths. A requirement of a route takes the place of all rules.
+func TestWhatARequestRequires(t *testing.T) {
+	p := issuer("me", []byte(`{"keys":[]}`))
+	j := requiring(provided("me"), p)
+	j.Named = []mesh.NamedRequirement{{Name: "open", JWTRequirement: allowMissing}, {Name: "loop", JWTRequirement: mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: "open"}}}
+	whole := request("*")
+	whole.Method = []byte("OPTIONS")
+	for name, c := range map[string]struct {
+		r        *route.Request
+		required Requirement
+		passes   bool
+	}{
+		"a path":                       {request("/"), ByRules, false},
+		"the whole server":             {whole, ByRules, false},
+		"nothing":                      {request("/"), Requirement{Own: true}, true},
+		"a named requirement":          {request("/"), Requirement{Own: true, Name: "open"}, true},
+		"a name that is not there":     {request("/"), Requirement{Own: true, Name: "other"}, false},
+		"a name that leads to another": {request("/"), Requirement{Own: true, Name: "loop"}, false},
+	} {
+		if reply := Of(j).Check(c.r, c.required, now, nil).Reply; (reply == nil) != c.passes {
+			t.Errorf("%s: %+v", name, reply)
+		}
+	}
+}

@@ -6,7 +6,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
 
-// Misdirected tells requests whose host belongs to another server of a gateway's port from those of unknown hosts: clients may
+// Misdirected finds requests whose host belongs to another server of a gateway's port, as opposed to unknown hosts: clients may
 // use a connection for several hosts, and its filter chain has the routes of one server only
 // (istio.envoy.config.filter.http.misdirected_request.v1alpha1.FilterConfig).
 type Misdirected struct {
@@ -14,12 +14,12 @@ type Misdirected struct {
 	All []string // hosts of all servers of the port
 }
 
-// Match reports whether another server is the one for a host, which is in lower case and without a port.
+// Match reports whether another server is the one for a host in lower case without a port.
 func (m *Misdirected) Match(host string) bool {
 	return specificity(m.All, host) > specificity(m.Own, host)
 }
 
-// specificity returns how specific the best of hosts is for a host: an exact one before the longest wildcard. 0: there is none.
+// specificity returns how specific the best of hosts is for a host: an exact one before the longest wildcard; 0 if no host matches.
 func specificity(hosts []string, host string) (best int) {
 	for _, pattern := range hosts {
 		switch {
@@ -106,7 +106,7 @@ func (l *Listener) shareHosts(hosts []string) {
 	}
 }
 
-// MisdirectedFilter returns the filter of misdirected requests; nil: there is none.
+// MisdirectedFilter returns the filter of misdirected requests, or nil.
 func (h *HTTPManager) MisdirectedFilter() *Misdirected {
 	for i := range h.Filters {
 		if m := h.Filters[i].Misdirected; m != nil && !h.Filters[i].Disabled {

@@ -77,6 +77,18 @@ func (c *Conn) leave() {
 	c.set, c.returned = nil, nil
 }
 
+// Count adds the number of connections to each remote address.
+func (s *Set) Count(to map[netip.AddrPort]int) {
+	for i := range s.shards {
+		shard := &s.shards[i]
+		shard.mu.Lock()
+		for _, c := range shard.conns {
+			to[c.RemoteAddr()]++
+		}
+		shard.mu.Unlock()
+	}
+}
+
 // Returned looks for the connection of s whose other end a fresh downstream connection seems to be. The arguments are the
 // downstream connection's peer and its original destination. The connection has these ends, is at most returnTime old,
 // and has not received a byte. The result is nil if there is no such connection.

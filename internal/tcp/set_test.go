@@ -190,3 +190,23 @@ func BenchmarkSet(b *testing.B) {
 		c.leave()
 	}
 }
+
+func TestASetCountsConnectionsByAddress(t *testing.T) {
+	p, listener := newSetRig(t)
+	var set Set
+	first, _ := dialled(t, p, listener)
+	second, _ := dialled(t, p, listener)
+	first.Join(&set, nil)
+	second.Join(&set, nil)
+	to := first.RemoteAddr()
+	counts := map[netip.AddrPort]int{to: 1}
+	if set.Count(counts); len(counts) != 1 || counts[to] != 3 {
+		t.Errorf("%v, want 3 to %v", counts, to)
+	}
+	first.Close()
+	clear(counts)
+	if set.Count(counts); counts[to] != 1 {
+		t.Errorf("after a close: %v", counts)
+	}
+	second.Close()
+}

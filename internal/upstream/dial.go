@@ -45,6 +45,9 @@ type Stats struct {
 	open tcp.Set // the connections of Active
 }
 
+// Count adds the number of open connections to each address.
+func (s *Stats) Count(to map[netip.AddrPort]int) { s.open.Count(to) }
+
 // Returned returns the upstream connection that the rules seem to have sent back to the agent as the downstream connection
 // from peer to original destination dst. It is nil in general. One match may be a coincidence, so it does not prove
 // a loop: Dial for such a downstream connection with Dialer.Returned. If that upstream connection returns too, a loop is

@@ -98,10 +98,15 @@ func newReader(t *testing.T, configs string) (d *pod, far *nettest.Namespace, p 
 	return d, far, p
 }
 
-// serveEcho answers requests with the host and the target that they arrive with.
+// serveEcho answers requests with the host and the target that they arrive with, and those of paths ending in /fails with 503.
 func serveEcho(t *testing.T, ns *nettest.Namespace, address string) {
 	t.Helper()
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "http://%s%s", r.Host, r.RequestURI) })}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/fails") {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		fmt.Fprintf(w, "http://%s%s", r.Host, r.RequestURI)
+	})}
 	listener, ended := ns.Listen(t, "tcp", address), make(chan struct{})
 	go func() { defer close(ended); server.Serve(listener) }()
 	t.Cleanup(func() { server.Close(); <-ended })

@@ -289,8 +289,8 @@ func (x *tlsIngress) openssl(name string, arguments ...string) (string, error) {
 	return string(out), err
 }
 
-// A certificate is missing, comes, changes under load, is replaced by one that cannot be used, and is deleted: the servers of
-// others, and connections that are open, notice none of it.
+// A certificate is missing and comes later. Another one changes under load, and is followed by one that cannot be used: no request
+// is lost.
 func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
 	x := newTLSIngress(t, strings.Replace(tlsConfig, "\n  - port: {number: 443, name: pass", lateServer, 1))
 	secrets := x.plane.KubeClient().Kube().CoreV1().Secrets("default")
@@ -351,7 +351,7 @@ func TestCertificatesOfAGatewayComeAndChangeUnderLoad(t *testing.T) {
 	}
 }
 
-// awaitSecret waits for the effect of a secret that has changed. istiod learns of the change from its cache, which may be late,
+// awaitSecret waits for the effect of a secret that has changed. istiod reads the change from a cache that may be late,
 // and puts off a push while changes come.
 func (x *tlsIngress) awaitSecret(t *testing.T, name string, condition func() error) {
 	t.Helper()

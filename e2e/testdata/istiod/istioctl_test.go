@@ -1,6 +1,7 @@
 package istiod
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -10,8 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	admin "github.com/envoyproxy/go-control-plane/envoy/admin/v3"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/encoding/protojson"
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -213,6 +216,55 @@ func TestIstioctlReadsTheAgent(t *testing.T) {
 		}
 	}
 	d.changeLogLevels(t, p)
+}
+
+// istioctl shows the endpoints of routed requests as they are used: one that is ejected, priorities and weights, and what was
+// counted for each.
+func TestIstioctlShowsTheUseOfEndpoints(t *testing.T) {
+	outliers := "trafficPolicy: {outlierDetection: {consecutive5xxErrors: 2, interval: 1s, baseEjectionTime: 300s, maxEjectionPercent: 100}, "
+	d, _, p := newReader(t, strings.Replace(bookinfo, "trafficPolicy: {", outliers, 1))
+	conn, err := d.Dial("tcp", "198.51.100.200:9080", patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	in := bufio.NewReader(conn)
+	const v1, v2 = "outbound|9080|v1|reviews.default.svc.cluster.local", "outbound|9080|v2|reviews.default.svc.cluster.local"
+	for i, q := range []question{{"GET", "http://reviews:9080/x", nil}, {"GET", "http://reviews:9080/reviews/fails", []string{"end-user: jason"}}} {
+		if status, _, err := q.send(conn, in, fmt.Sprint(i)); err != nil || status != []string{"200", "503"}[i] {
+			t.Fatalf("%v: %s, %v", &q, status, err)
+		}
+	}
+	out, err := d.istioctl(p, proxyconfig.ProxyConfig, "endpoint", sidecarPod, "--port", "8080")
+	for _, want := range []string{"203.0.113.6:8080  HEALTHY  OK  " + v1 + "\n", "203.0.113.7:8080  HEALTHY  FAILED  " + v2 + "\n"} {
+		if err != nil || !strings.Contains(steady(out), want) {
+			t.Errorf("istioctl proxy-config endpoint, %v: %q is not in\n%s", err, want, steady(out))
+		}
+	}
+	text, err := d.get(adminPort, "clusters?format=json")
+	var answer admin.Clusters
+	if err == nil {
+		err = protojson.Unmarshal([]byte(text), &answer)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{v1: "cx_active=1 cx_connect_fail=0 rq_active=0 rq_error=0 rq_success=1 rq_total=1", v2: "cx_connect_fail=0 rq_active=0 rq_error=2 rq_success=0 rq_total=2"} {
+		i := slices.IndexFunc(answer.ClusterStatuses, func(c *admin.ClusterStatus) bool { return c.Name == name })
+		if i < 0 || len(answer.ClusterStatuses[i].HostStatuses) != 1 {
+			t.Fatalf("no host of %s in %s", name, text)
+		}
+		h := answer.ClusterStatuses[i].HostStatuses[0]
+		var stats []string
+		for _, s := range h.Stats {
+			if name == v1 || s.Name != "cx_active" { // the connection with the response that was not taken is closed
+				stats = append(stats, fmt.Sprint(s.Name, "=", s.Value))
+			}
+		}
+		if got := strings.Join(stats, " "); got != want || h.HealthStatus.FailedOutlierCheck != (name == v2) || h.Weight != 1 || h.Priority != 0 {
+			t.Errorf("%s: %s, %v; want %s", name, got, h, want)
+		}
+	}
 }
 
 // changeLogLevels has istioctl change the log levels and restore them.

@@ -72,8 +72,7 @@ func signKey(t testing.TB, key crypto.Signer, template, parent *x509.Certificate
 	return certificate
 }
 
-// Leaf issues the certificate of a workload with a SPIFFE ID, which may be empty. change changes the template before; it
-// may be nil.
+// Leaf issues the certificate of a workload with a SPIFFE ID that may be empty. change changes the template before; it may be nil.
 func (a *Authority) Leaf(t testing.TB, id string, change func(*x509.Certificate)) *tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
