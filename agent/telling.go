@@ -2,12 +2,15 @@ package agent
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/accesslog"
+	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/metrics"
 	"github.com/pillion-proxy/pillion/internal/podinfo"
 	"github.com/pillion-proxy/pillion/internal/relay"
@@ -141,12 +144,36 @@ func (c AccessLog) open(config Config) (*accesslog.Log, error) {
 	return log, nil
 }
 
-// recorder makes the access logs of the control plane; nil: they are not followed.
+// recorder makes what the control plane asks to be recorded; nil: there is no control plane.
 func (a *Agent) recorder() serve.Recorder {
-	if a.telling.planned == nil {
+	if a.config.ControlPlane.Pod == nil {
 		return nil
 	}
-	return a.telling.planned
+	return recorder{&a.telling, a.log}
+}
+
+// recorder implements serve.Recorder.
+type recorder struct {
+	*telling
+	log *slog.Logger
+}
+
+func (r recorder) Logs(logs []mesh.AccessLog) []flow.Sink { return r.planned.Of(logs) }
+
+func (r recorder) Metrics(s *mesh.Stats) any {
+	if r.metrics == nil {
+		return nil
+	}
+	return r.metrics.Plan(s, r.place)
+}
+
+// place returns where records have a header field that an expression reads; negative: they do not.
+func (r recorder) place(h cel.Header) int {
+	place, err := r.noted.Add(h.Name, h.Response)
+	if err != nil {
+		r.log.Warn("header field not recorded", "field", h.Name, "error", err)
+	}
+	return place
 }
 
 // watch connects the metrics to the counters of other parts, and starts the scans of open connections if an interval is

@@ -192,7 +192,7 @@ func TestFlagsDecideWhetherTheControlPlanesAccessLogsAreFollowed(t *testing.T) {
 		if err := a.tell(); err != nil {
 			t.Fatal(err)
 		}
-		if own, planned := a.telling.access != nil, a.recorder() != nil; own != c.own || planned != c.planned {
+		if own, planned := a.telling.access != nil, a.telling.planned != nil; own != c.own || planned != c.planned {
 			t.Errorf("%s: a log of its own %v, those of the control plane %v", name, own, planned)
 		}
 		a.telling.close()

@@ -47,7 +47,7 @@ type piece struct {
 	does   verb
 	number bool // the value is a JSON number
 	style  style
-	member int // of the text's end: the bytes of the name of a JSON object's member, which the value belongs to; 0: no member
+	member int // length of the name of the value's member of a JSON object, at the end of text; 0: it is not a member
 
 	from     []source // verbField: the first one present in the record is used
 	pathOnly bool     // verbField: without the query of a path

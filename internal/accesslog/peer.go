@@ -51,7 +51,7 @@ func uris(c *flow.Certificate, identity string) string {
 	return c.URIs
 }
 
-// certificate returns the certificate that the operator names; nil if the record has none.
+// certificate returns the certificate that the operator names; nil if it is not in the record.
 func (p *piece) certificate(r *flow.Record) *flow.Certificate {
 	switch s := r.SecurityOf(p.side); {
 	case s == nil:

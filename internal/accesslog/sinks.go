@@ -32,8 +32,11 @@ const envoyFormat = `[%START_TIME%] "%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:
 	`%BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% "%REQ(X-FORWARDED-FOR)%" ` +
 	`"%REQ(USER-AGENT)%" "%REQ(X-REQUEST-ID)%" "%REQ(:AUTHORITY)%" "%UPSTREAM_HOST%"`
 
-// Of returns the sinks of logs. They are compiled once, and kept with their configuration.
+// Of returns the sinks of logs. They are compiled once, and kept with their configuration. s may be nil: there are no sinks.
 func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
+	if s == nil {
+		return nil
+	}
 	for i := range logs {
 		compiled, ok := logs[i].Compiled.Load().(*Log)
 		if !ok {

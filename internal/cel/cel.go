@@ -4,7 +4,7 @@
 //
 // Evaluation has CEL's third value besides true and false: the error of an attribute that a record lacks, or of operands
 // whose types do not fit. "&&" and "||" are commutative over it, so "has(response.code) && response.code >= 400" and
-// "response.code >= 400 || connection.mtls" have the results of CEL. Tests compare them with cel-go.
+// "response.code >= 400 || connection.mtls" have the results of CEL.
 package cel
 
 import (

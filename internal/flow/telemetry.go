@@ -10,14 +10,16 @@ import (
 // Telemetry is what a control plane asks to be recorded of the connections or requests of one filter chain. It is never
 // modified.
 type Telemetry struct {
-	Logs []Sink // access logs
+	Logs       []Sink // access logs
+	Metrics    any    // of package metrics; nil: Istio's metrics as usual
+	Unmeasured bool   // Istio's metrics do not count them
 
 	connection Request // of the records of connections: a pointer in each would take more memory
 }
 
-// NewTelemetry returns a value that records may refer to.
-func NewTelemetry(logs []Sink) *Telemetry {
-	t := &Telemetry{Logs: logs}
+// NewTelemetry returns a value that records may refer to. The arguments are the fields.
+func NewTelemetry(logs []Sink, metrics any, unmeasured bool) *Telemetry {
+	t := &Telemetry{Logs: logs, Metrics: metrics, Unmeasured: unmeasured}
 	t.connection.Telemetry = t
 	return t
 }

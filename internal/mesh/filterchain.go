@@ -26,7 +26,8 @@ type FilterChain struct {
 	ClusterIsSNI bool // the cluster is the one with the name of the ClientHello's server name, instead of TCP's
 	HasMetadata  bool // istio.metadata_exchange is configured
 
-	Recorded atomic.Value `json:"-"` // what AccessLogs stand for; of package serve
+	Stats    *Stats       `json:",omitzero"` // of connections; nil: they have no metrics of Istio's
+	Recorded atomic.Value `json:"-"`         // what AccessLogs and Metrics stand for; of package serve
 
 	// Refused is set if the chain has something that concerns security and is not supported. Its connections are refused.
 	Refused bool
@@ -39,6 +40,19 @@ func (c *FilterChain) AccessLogs() []AccessLog {
 		return c.HTTP.AccessLogs
 	case c.TCP != nil:
 		return c.TCP.AccessLogs
+	}
+	return nil
+}
+
+// Metrics returns how Istio's metrics of the chain's connections or requests are changed; nil: it has none.
+func (c *FilterChain) Metrics() *Stats {
+	if c.HTTP == nil {
+		return c.Stats
+	}
+	for i := range c.HTTP.Filters {
+		if f := &c.HTTP.Filters[i]; f.Stats != nil && !f.Disabled {
+			return f.Stats
+		}
 	}
 	return nil
 }
@@ -171,6 +185,8 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) (closed bool) {
 				d.carryAuthz(f.ExtAuthz)
 			case sniClusterType:
 				d.fields(value, &sniClusterFields)
+			case statsType:
+				c.Stats = share(d, url, config, func() *Stats { return d.stats(value, config) })
 			}
 		}
 	}

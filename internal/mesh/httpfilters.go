@@ -28,6 +28,7 @@ type HTTPFilter struct {
 	Fault    *Fault // of routes without one
 	ALPN     *ALPN
 	Router   *Router
+	Stats    *Stats `json:",omitzero"`
 
 	Misdirected *Misdirected
 }
@@ -121,7 +122,9 @@ var knownFilters = map[string]func(d *decoder, m wire.Message, config []byte, f 
 	},
 	grpcStatsType: func(d *decoder, m wire.Message, _ []byte, _ *HTTPFilter) { d.fields(m, &grpcStatsFields) },
 	// It measures only.
-	statsType:       func(d *decoder, _ wire.Message, config []byte, _ *HTTPFilter) { d.overrides(config) },
+	statsType: func(d *decoder, m wire.Message, config []byte, f *HTTPFilter) {
+		f.Stats = share(d, f.Type, config, func() *Stats { return d.stats(m, config) })
+	},
 	misdirectedType: func(d *decoder, m wire.Message, _ []byte, f *HTTPFilter) { d.misdirected(m, f) },
 	// It exchanges labels for telemetry with the peer.
 	peerMetadataType: func(*decoder, wire.Message, []byte, *HTTPFilter) {},
@@ -204,24 +207,6 @@ func (d *decoder) configSource(m wire.Message, f *HTTPFilter) {
 	f.OnItsOwn = true
 	for d.next(&m, &configSourceFields) {
 		d.httpFilterConfig(m.Message(), f)
-	}
-}
-
-// overrides reports the metrics that Telemetry changes, by a stats.PluginConfig of Istio's. One that cannot be read decides
-// nothing.
-func (d *decoder) overrides(config []byte) {
-	var err error
-	for m := wire.Read(config, &err); m.Next(); {
-		if m.Number != 8 { // metrics
-			continue
-		}
-		name := "all metrics"
-		for m := m.Message(); m.Next(); {
-			if m.Number == 2 && len(m.Bytes()) > 0 {
-				name = m.String()
-			}
-		}
-		d.report(Cosmetic, "the override of "+name+" has no effect")
 	}
 }
 

@@ -22,6 +22,7 @@ type Snapshot struct {
 
 	byAddress map[netip.AddrPort]*Listener
 	accepting map[uint16]*Listener // bound, by port
+	measured  bool                 // a filter chain has metrics of Istio\'s
 	bound     map[netip.AddrPort]*Listener
 }
 
@@ -199,8 +200,10 @@ func (e *Edit) Snapshot() (s *Snapshot, changed bool) {
 
 // indexListeners fills the indices of the listeners. Of several listeners with one address the first by name is used.
 func (s *Snapshot) indexListeners() {
+	s.measured = false
 	s.byAddress, s.accepting, s.bound = map[netip.AddrPort]*Listener{}, map[uint16]*Listener{}, map[netip.AddrPort]*Listener{}
 	for _, l := range s.listeners.all() {
+		s.measured = s.measured || l.measured()
 		for _, address := range l.Addresses {
 			if _, taken := s.accepting[address.Port()]; !taken && !l.Virtual {
 				s.accepting[address.Port()] = l
@@ -213,6 +216,15 @@ func (s *Snapshot) indexListeners() {
 			}
 		}
 	}
+}
+
+// Measures reports whether the metrics of a chain's connections or requests are to be counted. If the configuration has no
+// metrics of Istio's at all, they are.
+func (s *Snapshot) Measures(c *FilterChain) bool { return !s.measured || c.Metrics() != nil }
+
+func (l *Listener) measured() bool {
+	has := func(c *FilterChain) bool { return c.Metrics() != nil }
+	return slices.ContainsFunc(l.Chains, has) || l.Default != nil && has(l.Default)
 }
 
 // shards is the number of parts of a table. An edit copies the parts that it changes: one of 64 if one value changes.

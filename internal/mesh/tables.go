@@ -142,6 +142,8 @@ var tables = []*message{
 	&grpcStatusFields,
 	&filterTypeFields,
 	&expressionFields,
+	&statsFields,
+	&metricFields,
 	&fileLogFields,
 	&logFormatFields,
 	&httpManagerFields,

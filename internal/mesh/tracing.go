@@ -70,8 +70,8 @@ var tracingFields = message{"envoy.extensions.filters.network.http_connection_ma
 	13: {"no_context_propagation", decoded},
 }}
 
-// tracing returns how requests are traced; nil: they are not, or by a provider that is not supported. What is wrong with it
-// never concerns security.
+// tracing returns how requests are traced; nil: they are not, or by a provider that is not supported. Its findings
+// never concern security.
 func (d *decoder) tracing(m wire.Message) *Tracing {
 	refusals := d.refusals
 	d.shadow = true

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
 // Counting does not allocate: neither for a request with known labels nor for one whose host is not counted by itself.
@@ -35,5 +36,16 @@ func TestClosedDoesNotAllocate(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(100, func() { m.Progress(table) }); n != 0 {
 		t.Errorf("progress: %v allocations", n)
+	}
+}
+
+func TestCountingWithAddedLabelsDoesNotAllocate(t *testing.T) {
+	m := New(pod, Options{})
+	in := connection(flow.NewTable(m), flow.Inbound, flow.HTTP11)
+	r := request(in, "reviews", 200)
+	r.HTTP.Path = []byte("/a")
+	r.HTTP.Telemetry = asked(m, mesh.MetricOverride{Name: "requests_total", Dimensions: []mesh.Dimension{dimension(t, "path", "request.path")}})
+	if n := testing.AllocsPerRun(100, func() { m.Closed(r) }); n != 0 {
+		t.Errorf("%v allocations", n)
 	}
 }

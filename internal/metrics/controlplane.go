@@ -14,7 +14,7 @@ type ControlPlane struct {
 	Types    []PushType
 	Findings []Findings
 
-	Expiry             time.Time // of the workload's certificate; zero: there is none
+	Expiry             time.Time // of the workload's certificate; zero: it has not come
 	Renewals, Failures int64     // of the certificate
 	Calls, FailedCalls int64     // of the CA
 

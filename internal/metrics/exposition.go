@@ -36,7 +36,7 @@ type Sources struct {
 	Draining  func() bool
 	DNS       *dns.Stats // nil: no resolver
 
-	ControlPlane func() ControlPlane // nil: there is none
+	ControlPlane func() ControlPlane // nil: the agent decides alone
 }
 
 // Upstream holds the counters of a direction's upstream connections.
@@ -178,6 +178,16 @@ func (f *family) observed(h promtext.Metric, labels []promtext.Label) {
 }
 
 func (m *Metrics) istio(f *families) {
+	before := len(*f)
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if len(m.plans) > 0 {
+			for _, family := range (*f)[before:] {
+				family.merge()
+			}
+		}
+	}()
 	f.gauge("istio_build", "Version of the proxy.").is(1, label("component", "proxy"), label("tag", m.version))
 	total := f.counter("istio_requests_total", "Ended requests.")
 	duration := f.histogram("istio_request_duration_milliseconds", "Duration of requests, until the last byte of the response.")
@@ -194,11 +204,11 @@ func (m *Metrics) istio(f *families) {
 		sets, services := d.requests()
 		for _, s := range sets {
 			h := s.duration.expose(float64(time.Millisecond))
-			total.counts(h.Count, s.labels...)
+			requests := promtext.Metric{Value: float64(h.Count)}
 			s.exemplar.Load().mark(&h)
-			duration.observed(h, s.labels)
-			received.observed(s.received.expose(1), s.labels)
-			sent.observed(s.sent.expose(1), s.labels)
+			for i, metric := range []promtext.Metric{requests, h, s.received.expose(1), s.sent.expose(1)} {
+				[...]*family{total, duration, received, sent}[i].planned(metric, s.plan, requestMetrics[i], s.labels, s.values)
+			}
 		}
 		for _, s := range services {
 			if s.grpc.Load() {
@@ -208,12 +218,19 @@ func (m *Metrics) istio(f *families) {
 		}
 		for _, s := range d.tcpSets() {
 			if s.opened.Load()+s.closed.Load() > 0 {
-				opened.counts(s.opened.Load(), s.labels...)
-				closed.counts(s.closed.Load(), s.labels...)
-				sentBytes.counts(s.sent.Load(), s.labels...)
-				receivedBytes.counts(s.received.Load(), s.labels...)
+				for i, n := range []uint64{s.opened.Load(), s.closed.Load(), s.sent.Load(), s.received.Load()} {
+					[...]*family{opened, closed, sentBytes, receivedBytes}[i].
+						planned(promtext.Metric{Value: float64(n)}, s.plan, connectionMetrics[i], s.labels, "")
+				}
 			}
 		}
+	}
+}
+
+// planned adds a metric with the labels of a plan, unless that drops it.
+func (f *family) planned(m promtext.Metric, p *plan, name string, labels []promtext.Label, values string) {
+	if !p.drops(name) {
+		f.observed(m, p.labels(name, labels, values))
 	}
 }
 

@@ -16,6 +16,7 @@ package metrics
 import (
 	"bytes"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -30,6 +31,9 @@ type Metrics struct {
 
 	table   *flow.Table
 	sources Sources
+
+	mu    sync.Mutex
+	plans map[string]*plan // of control planes, by what they are made of; guarded by mu
 }
 
 // Options configure Metrics.
@@ -120,6 +124,9 @@ func (m *Metrics) Opened(r *flow.Record) {
 		place.Set(r, new(lastRequest))
 		return
 	}
+	if unmeasured(r) {
+		return
+	}
 	c := new(carried)
 	if s := r.Security; s == nil || !s.Exchanges || r.Workload.Get() != nil {
 		c.open(d, r)
@@ -160,7 +167,7 @@ func (m *Metrics) Closed(r *flow.Record) {
 func (d *direction) connection(r *flow.Record) {
 	end := d.end(r.Reason)
 	end.flows.Add(1)
-	if r.Reason.ByPolicy() && r.Reason != flow.Loop {
+	if r.Reason.ByPolicy() && r.Reason != flow.Loop || unmeasured(r) {
 		return
 	}
 	set := d.tcpSet(end.tcp, r)
@@ -187,8 +194,8 @@ type lastRequest struct {
 }
 
 func (l *lastRequest) like(r *flow.Record) bool {
-	h := r.HTTP
-	return l.set != nil && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
+	h, p := r.HTTP, planOf(r)
+	return l.set != nil && p == l.set.plan && (p == nil || len(p.programs) == 0) && h.Status == int(l.status) && h.GRPC == l.grpc && r.Reason == l.end.reason && h.Flags == l.flags &&
 		l.names(r) && string(h.GRPCStatus) == grpcStatuses[l.set.grpcStatus] && l.security == r.Security && l.workload == r.Workload.Get()
 }
 
@@ -207,6 +214,11 @@ func serviceCluster(r *flow.Record) string {
 }
 
 func (d *direction) request(r *flow.Record) {
+	d.class(r)
+	if unmeasured(r) {
+		d.end(r.Reason).flows.Add(1)
+		return
+	}
 	last, ok := place.Get(r.Connection).(*lastRequest)
 	if !ok { // the connection was never carried
 		last = new(lastRequest)
@@ -234,10 +246,25 @@ func (d *direction) request(r *flow.Record) {
 	set.received.observe(r.Received.Load(), &byteLimits)
 	set.sent.observe(r.Sent.Load(), &byteLimits)
 	if r.HTTP.GRPC {
-		set.service.requestMessages.Add(r.HTTP.Messages)
-		set.service.responseMessages.Add(r.HTTP.ResponseMessages)
-		set.service.grpc.Store(true)
+		set.service.count(r.HTTP, set.plan)
 	}
+}
+
+// count counts the messages of a gRPC call.
+func (s *service) count(h *flow.Request, p *plan) {
+	if !p.drops("request_messages_total") {
+		s.requestMessages.Add(h.Messages)
+	}
+	if !p.drops("response_messages_total") {
+		s.responseMessages.Add(h.ResponseMessages)
+	}
+	if !p.drops("request_messages_total") || !p.drops("response_messages_total") {
+		s.grpc.Store(true)
+	}
+}
+
+// class counts a request by the class of its status.
+func (d *direction) class(r *flow.Record) {
 	class := statusClass(r.HTTP.Status)
 	d.downstream[class].Add(1)
 	if r.UpstreamLocal.IsValid() {

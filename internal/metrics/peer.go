@@ -34,6 +34,7 @@ type peersOf struct {
 type tcpKey struct {
 	base *tcpSet
 	peer *peerLabels
+	plan *plan
 }
 
 func (d *direction) initPeers() {
@@ -144,8 +145,8 @@ func (d *direction) newTCPSet(of []promtext.Label, flags string, p *peerLabels) 
 
 // tcpSet returns the set in which a connection is counted that base would count with an unknown peer.
 func (d *direction) tcpSet(base *tcpSet, r *flow.Record) *tcpSet {
-	key := tcpKey{base, d.peerOf(r)}
-	if key.peer == nil {
+	key := tcpKey{base, d.peerOf(r), planOf(r)}
+	if key.peer == nil && key.plan == nil {
 		return base
 	}
 	d.mu.RLock()
@@ -157,12 +158,16 @@ func (d *direction) tcpSet(base *tcpSet, r *flow.Record) *tcpSet {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.secure[key] == nil && len(d.secure) >= maxTCPSets {
-		if key.peer = d.mutual; key.peer == nil || r.Security == nil || !r.Security.Mutual {
+		if key.peer = d.mutual; key.peer != nil && (r.Security == nil || !r.Security.Mutual) {
+			key.peer = nil
+		}
+		if key.peer == nil && key.plan == nil || len(d.secure) >= 2*maxTCPSets {
 			return base
 		}
 	}
 	if set = d.secure[key]; set == nil {
 		set = d.newTCPSet(base.service, base.flags, key.peer)
+		set.plan = key.plan
 		d.secure[key] = set
 		d.ofPeers = append(d.ofPeers, set)
 	}

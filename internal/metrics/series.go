@@ -99,6 +99,8 @@ type setKey struct {
 	grpcStatus int
 	flags      string
 	peer       *peerLabels // of peerOf
+	plan       *plan       // nil: the labels are the usual ones
+	values     string      // of the labels that plan adds
 }
 
 // requestSet holds the counters of requests with the same labels. The number of requests is that of the observed durations.
@@ -121,6 +123,7 @@ type tcpSet struct {
 	labels                         []promtext.Label
 	flags                          string
 	service                        []promtext.Label // the first of labels, of an unknown peer
+	plan                           *plan            // nil: the labels are the usual ones
 	opened, closed, received, sent atomic.Uint64
 }
 
@@ -181,7 +184,8 @@ func (d *direction) requestSet(r *flow.Record) (set *requestSet, named bool) {
 // connection, which stays while the connection is idle.
 func (d *direction) setOf(r *flow.Record, of *service, named bool) (*requestSet, bool) {
 	var set *requestSet
-	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.peerOf(r)}
+	key := setKey{of, r.HTTP.Status, notGRPC, orDash(r.Flags()), d.peerOf(r), planOf(r), ""}
+	key.values = key.plan.values(r, d.budget.sets)
 	if statusClass(key.status) == 0 {
 		key.status = 0
 	}
@@ -216,7 +220,7 @@ func (d *direction) setOf(r *flow.Record, of *service, named bool) (*requestSet,
 func (d *direction) fold(key setKey) setKey {
 	class := statusClass(key.status)
 	key.service, key.status, key.flags = d.unknown, class*100, "-"
-	key.peer = d.foldedPeer
+	key.peer, key.plan, key.values = d.foldedPeer, nil, ""
 	switch {
 	case key.grpcStatus == notGRPC:
 	case class != 2 || key.grpcStatus != int(envoy.GRPCOK) && key.grpcStatus != noGRPCStatus:

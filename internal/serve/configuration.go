@@ -18,9 +18,9 @@ import (
 type governed struct {
 	snapshot *mesh.Snapshot          // in force when the connection was opened
 	chain    *mesh.FilterChain       // set by Admit, may be nil
-	routing  *routing                // of the requests of an outbound connection; nil: none
-	chosen   *mesh.Cluster           // of an outbound connection of bytes; nil: none
-	lease    balance.Lease           // the place of an outbound connection of bytes at its endpoint; nil: none
+	routing  *routing                // of the requests of an outbound connection; may be nil
+	chosen   *mesh.Cluster           // of an outbound connection of bytes; may be nil
+	lease    balance.Lease           // the place of an outbound connection of bytes at its endpoint; may be nil
 	judged   sniff.Protocol          // by the last call of Admit
 	admitted bool                    // Admit was called
 	secured  bool                    // TLS with downstream is ended here
@@ -91,7 +91,7 @@ func (c *Conn) judge(g *governed) bool {
 		c.Record.Ask(c.role.unmatched(g.snapshot, info.Destination.Port()))
 		return c.abandon(c.refusal(refusal))
 	}
-	c.Record.Ask(c.role.recorded(g.chain))
+	c.Record.Ask(c.role.recorded(g.snapshot, g.chain))
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
 }
 
@@ -197,7 +197,7 @@ func (c *Conn) mustSpeak() bool {
 	return denied
 }
 
-// The names of the versions of HTTP in Envoy's HTTP inspector.
+// Names of the versions of HTTP in Envoy's HTTP inspector.
 var (
 	http1Protocols = []string{"http/1.1", "http/1.0"}
 	http2Protocols = []string{"h2c"}

@@ -93,7 +93,7 @@ func (c *Conn) renew(g *governed) bool {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
 	g.snapshot, g.chain = s, chain
-	c.Record.Ask(c.role.recorded(chain))
+	c.Record.Ask(c.role.recorded(s, chain))
 	return c.expect(chain)
 }
 

@@ -87,7 +87,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 	if r.chain != nil && r.chain.HTTP != nil {
 		decision.Tracing, decision.Operation = r.role.tracing(r.chain.HTTP), onlyOperation(r.chain.HTTP.Routes)
 	}
-	decision.Telemetry = r.role.recorded(r.chain)
+	decision.Telemetry = r.role.recorded(r.judged, r.chain)
 	decision.DryRun = r.gate.shadows.dryRun()
 	if reply != nil {
 		decision.Reply, decision.Target = reply, upstream.Target{}

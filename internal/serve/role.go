@@ -62,7 +62,7 @@ type Config struct {
 	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
 	Tracing *tracing.Exporters
 
-	// Recorder makes the access logs that Mesh asks for; nil: they are not followed.
+	// Recorder makes the access logs and metrics that Mesh asks for; nil: they are not followed.
 	Recorder Recorder
 
 	Decryption Decryption // of outbound connections; nil: none is decrypted

@@ -70,7 +70,7 @@ func (c *Conn) newRouting(g *governed) *routing {
 func (r *routing) judge(s *mesh.Snapshot) {
 	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
 	chain, refusal := r.role.meet(s, &r.info)
-	r.recorded = r.role.recorded(chain)
+	r.recorded = r.role.recorded(s, chain)
 	switch {
 	case refusal != "":
 		r.refused = route.Refused

@@ -368,7 +368,10 @@ func readHTTPFilter(config *anypb.Any) mesh.HTTPFilter {
 	want := mesh.HTTPFilter{Type: strings.TrimPrefix(config.GetTypeUrl(), "type.googleapis.com/")}
 	switch want.Type {
 	case "udpa.type.v1.TypedStruct":
-		want.Type = strings.TrimPrefix(unpack(config.Value, &udpa.TypedStruct{}).TypeUrl, "type.googleapis.com/")
+		inner := unpack(config.Value, &udpa.TypedStruct{})
+		if want.Type = strings.TrimPrefix(inner.TypeUrl, "type.googleapis.com/"); want.Type == "stats.PluginConfig" {
+			want.Stats = &mesh.Stats{}
+		}
 	case "envoy.extensions.filters.http.rbac.v3.RBAC":
 		want.RBAC = readHTTPRBAC(unpack(config.Value, &httprbac.RBAC{}))
 	case "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication":
@@ -380,6 +383,8 @@ func readHTTPFilter(config *anypb.Any) mesh.HTTPFilter {
 		want.Fault = readFault(unpack(config.Value, &fault.HTTPFault{}))
 	case "envoy.extensions.filters.http.router.v3.Router":
 		want.Router = &mesh.Router{SuppressHeaders: unpack(config.Value, &router.Router{}).SuppressEnvoyHeaders}
+	case "stats.PluginConfig":
+		want.Stats = readStats(config.Value)
 	case string(alpnConfig.FullName()):
 		want.ALPN = readALPN(config.Value)
 	}

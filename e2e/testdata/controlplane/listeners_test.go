@@ -1,12 +1,11 @@
 package controlplane
 
 import (
-	"bytes"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -46,72 +45,15 @@ import (
 	matcher "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protodesc"
-	"google.golang.org/protobuf/reflect/protoregistry"
-	"google.golang.org/protobuf/types/descriptorpb"
-	"google.golang.org/protobuf/types/dynamicpb"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+	"istio.io/api/envoy/extensions/stats"
 
 	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
-
-// istioTypes are configurations of Istio's filters that are not decoded. Their descriptors are not available here, so their
-// contents are dropped from the recorded resources.
-var istioTypes = []string{"stats.PluginConfig"}
-
-func init() {
-	for i, name := range istioTypes {
-		dot := strings.LastIndexByte(name, '.')
-		file, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{Name: proto.String(fmt.Sprintf("istio%d.proto", i)), Package: proto.String(name[:dot]),
-			MessageType: []*descriptorpb.DescriptorProto{{Name: proto.String(name[dot+1:])}}}, nil)
-		if err == nil {
-			err = protoregistry.GlobalTypes.RegisterMessage(dynamicpb.NewMessageType(file.Messages().Get(0)))
-		}
-		if err != nil {
-			panic(err)
-		}
-	}
-}
-
-// withoutIstioTypes drops the fields of messages of istioTypes from a resource.
-func withoutIstioTypes(resource json.RawMessage) json.RawMessage {
-	if !bytes.Contains(resource, []byte("stats.PluginConfig")) {
-		return resource
-	}
-	var value any
-	if err := json.Unmarshal(resource, &value); err != nil {
-		panic(err)
-	}
-	var visit func(any)
-	visit = func(value any) {
-		switch value := value.(type) {
-		case map[string]any:
-			url, _ := value["@type"].(string)
-			drop := slices.Contains(istioTypes, strings.TrimPrefix(url, "type.googleapis.com/"))
-			for key, inner := range value {
-				if drop && key != "@type" {
-					delete(value, key)
-				} else {
-					visit(inner)
-				}
-			}
-		case []any:
-			for _, inner := range value {
-				visit(inner)
-			}
-		}
-	}
-	visit(value)
-	text, err := json.Marshal(value)
-	if err != nil {
-		panic(err)
-	}
-	return text
-}
 
 // expectedFindings has the findings of recorded listeners, and why they are right.
 var expectedFindings = map[string]mesh.Class{
@@ -481,6 +423,8 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 		switch config := filter.GetTypedConfig(); path.Ext(config.TypeUrl) {
 		case ".TcpProxy":
 			want.TCP = readTCP(unpack(config.Value, &tcpproxy.TcpProxy{}))
+		case ".PluginConfig":
+			want.Stats = readStats(config.Value)
 		case ".HttpConnectionManager":
 			want.HTTP = readHTTP(unpack(config.Value, &hcm.HttpConnectionManager{}))
 			for _, f := range want.HTTP.Filters {
@@ -604,6 +548,9 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 		RequestTimeout: h.GetRequestTimeout().AsDuration(), HeadersTimeout: h.GetRequestHeadersTimeout().AsDuration(), DrainTimeout: absentDuration(h.DrainTimeout, 5*time.Second),
 		AccessLogs: readLogs(h.AccessLog),
 	}
+	if want.Internal == nil && h.InternalAddressConfig != nil {
+		want.Internal = []netip.Prefix{} // no address is internal, as opposed to Envoy's default
+	}
 	if h.GetRouteConfig() != nil {
 		want.Routes = readRoutes(h.GetRouteConfig())
 	}
@@ -680,6 +627,22 @@ func wideLogFilter() *accesslog.AccessLogFilter {
 			Name: "cel", ConfigType: &accesslog.ExtensionFilter_TypedConfig{TypedConfig: packed(&celfilter.ExpressionFilter{Expression: "response.code >= 400"})},
 		}}},
 	}}}}
+}
+
+func readStats(b []byte) *mesh.Stats {
+	want := &mesh.Stats{Key: string(b)}
+	for _, m := range unpack(b, &stats.PluginConfig{}).Metrics {
+		o := mesh.MetricOverride{Name: m.Name, Drop: m.Drop, Remove: m.TagsToRemove}
+		for _, name := range slices.Sorted(maps.Keys(m.Dimensions)) {
+			expression, err := cel.Parse(m.Dimensions[name])
+			if err != nil {
+				panic(err)
+			}
+			o.Dimensions = append(o.Dimensions, mesh.Dimension{Name: name, Expression: expression})
+		}
+		want.Overrides = append(want.Overrides, o)
+	}
+	return want
 }
 
 // readLogFilter has the filters of the recorded listeners and of wideListener.

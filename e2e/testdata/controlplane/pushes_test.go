@@ -74,7 +74,7 @@ func readPushes(name string, found map[string][]*anypb.Any) error {
 		}
 		for _, text := range list {
 			var resource anypb.Any
-			if err := protojson.Unmarshal(withoutIstioTypes(text), &resource); err != nil {
+			if err := protojson.Unmarshal(text, &resource); err != nil {
 				return err
 			}
 			found[header.Name] = append(found[header.Name], &resource)

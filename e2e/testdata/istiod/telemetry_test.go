@@ -92,7 +92,7 @@ func TestAccessLogsAreAsTelemetryResourcesHaveThem(t *testing.T) {
 		t.Error("a request that the filter does not select is logged")
 	}
 
-	// The namespace logs everything again, and the workload nothing of what it sends.
+	// The namespace logs everything again, and the workload only what it receives.
 	c.plane.apply(telemetry("default", "namespace", "accessLogging:", "- providers: [{name: lines}]"))
 	c.plane.apply(telemetry("default", "workload", "selector: {matchLabels: {app: nginx}}", "accessLogging:", "- match: {mode: CLIENT}", "  disabled: true"))
 	attempt := 0
@@ -137,4 +137,65 @@ func TestAccessLogsAreAsTelemetryResourcesHaveThem(t *testing.T) {
 	if strings.Contains(client.log.String(), "/disabled") {
 		t.Error("a disabled access log has a line")
 	}
+}
+
+// Telemetry resources change Istio's metrics: a label is added and another removed, a metric is disabled for one side.
+func TestMetricsAreAsTelemetryResourcesHaveThem(t *testing.T) {
+	c := newCoupleWith(t, "STRICT", "PILLION_ACCESS_LOG=off")
+	client, server := c.pods[0], c.pods[1]
+	await(t, func() error { return c.ask(0, "/first") })
+	c.plane.apply(telemetry("istio-system", "mesh", "metrics:", "- providers: [{name: prometheus}]", "  overrides:",
+		"  - match: {metric: REQUEST_COUNT}",
+		`    tagOverrides: {tenant: {value: "request.headers['x-tenant']"}, destination_port: {value: string(destination.port)}, response_flags: {operation: REMOVE}}`,
+		"  - match: {metric: RESPONSE_SIZE, mode: CLIENT}", "    disabled: true"))
+	samples := func(d *pod, metric string) string {
+		text, err := d.get(15090, "stats/prometheus")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return linesOf(text, metric)
+	}
+	await(t, func() error { // both agents follow
+		if err := c.ask(0, "/second", "X-Tenant", "blue"); err != nil {
+			return err
+		}
+		for _, d := range c.pods {
+			if text := samples(d, "istio_requests_total"); !hasSample(text, "istio_requests_total", []string{`tenant="blue"`, `destination_port="8080"`}) {
+				return fmt.Errorf("%s counts\n%s", d.workload.pod, text)
+			}
+		}
+		return nil
+	})
+	for line := range strings.Lines(samples(client, "istio_requests_total")) {
+		if strings.Contains(line, "tenant=") && strings.Contains(line, "response_flags=") {
+			t.Errorf("a label that is removed: %s", line)
+		}
+	}
+	sizes := func(d *pod) string { return samples(d, "istio_response_bytes_count") }
+	before := [2]string{sizes(client), sizes(server)}
+	if err := c.ask(0, "/third"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() error {
+		if sizes(server) == before[1] {
+			return fmt.Errorf("the server does not count sizes: %s", before[1])
+		}
+		return nil
+	})
+	if now := sizes(client); now != before[0] {
+		t.Errorf("the client counts sizes, though the metric is disabled: %s", now)
+	}
+
+	// The client's side has no metrics at all.
+	c.plane.apply(telemetry("default", "workload", "selector: {matchLabels: {app: nginx}}", "metrics:", "- overrides: [{match: {mode: CLIENT}, disabled: true}]"))
+	await(t, func() error {
+		before := samples(client, "istio_requests_total")
+		if err := c.ask(0, "/fourth"); err != nil {
+			return err
+		}
+		if now := samples(client, "istio_requests_total"); now != before {
+			return fmt.Errorf("the client counts\n%s", now)
+		}
+		return nil
+	})
 }
