@@ -227,7 +227,7 @@ func TestAnUnreachableUpstreamBecomesAReset(t *testing.T) {
 
 func TestIdleTimeout(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, "--idle-timeout", "500ms")
+	s := newStage(t, "--idle-timeout", "3s") // a loaded machine needs some time to connect
 	w := s.inbound()
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)

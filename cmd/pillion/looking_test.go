@@ -342,7 +342,7 @@ func TestABundleHasEveryPartAndNoSecrets(t *testing.T) {
 // The dump of 1,000 services has 14 MB, and more with more endpoints or policies.
 func TestABundleHasALargeDump(t *testing.T) {
 	r := newRunning(t)
-	r.dump = strings.Repeat("a line of a resource\n", 3_000_000)
+	r.dump = strings.Repeat("a line of a resource\n", 1_000_000)
 	out, _, err := r.look(t, "bundle", "-f", "-")
 	if parts := unpack(t, strings.NewReader(out)); err != nil || parts["config_dump.json"] != r.dump {
 		t.Errorf("error %v, %d bytes of %d", err, len(parts["config_dump.json"]), len(r.dump))
