@@ -395,14 +395,6 @@ func readRanges(ranges []*core.CidrRange) (want []netip.Prefix) {
 	return want
 }
 
-// readInternal returns the ranges of a configuration of internal addresses. Without ranges no address is internal.
-func readInternal(c *hcm.HttpConnectionManager_InternalAddressConfig) []netip.Prefix {
-	if c == nil || len(c.CidrRanges) > 0 {
-		return readRanges(c.GetCidrRanges())
-	}
-	return []netip.Prefix{}
-}
-
 func readChain(c *listener.FilterChain) *mesh.FilterChain {
 	want := &mesh.FilterChain{Name: c.Name, HandshakeTimeout: c.GetTransportSocketConnectTimeout().AsDuration(),
 		Origin: c.GetMetadata().GetFilterMetadata()["istio"].GetFields()["config"].GetStringValue()}
@@ -533,7 +525,7 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 	want := &mesh.HTTPManager{
 		Codec: mesh.HTTPCodec(h.CodecType), RouteName: h.GetRds().GetRouteConfigName(),
 		UseRemoteAddress: h.GetUseRemoteAddress().GetValue(), TrustedHops: h.XffNumTrustedHops, SkipXFFAppend: h.SkipXffAppend,
-		Internal: readInternal(h.InternalAddressConfig), ClientCert: mesh.ClientCertAction(h.ForwardClientCertDetails),
+		Internal: readRanges(h.GetInternalAddressConfig().GetCidrRanges()), ClientCert: mesh.ClientCertAction(h.ForwardClientCertDetails),
 		NormalizePath: h.GetNormalizePath().GetValue(), MergeSlashes: h.MergeSlashes, EscapedSlashes: mesh.EscapedSlashes(h.PathWithEscapedSlashesAction),
 		StripMatchingPort: h.StripMatchingHostPort, StripPort: h.GetStripAnyHostPort(), StripTrailingDot: h.StripTrailingHostDot, AppendPort: h.AppendXForwardedPort,
 		ServerName: h.ServerName, ServerHeader: mesh.ServerHeader(h.ServerHeaderTransformation), GenerateRequestID: h.GenerateRequestId == nil || h.GenerateRequestId.Value,
@@ -547,9 +539,6 @@ func readHTTP(h *hcm.HttpConnectionManager) *mesh.HTTPManager {
 		MaxStreamDuration: h.GetCommonHttpProtocolOptions().GetMaxStreamDuration().AsDuration(), StreamIdleTimeout: absentDuration(h.StreamIdleTimeout, 5*time.Minute),
 		RequestTimeout: h.GetRequestTimeout().AsDuration(), HeadersTimeout: h.GetRequestHeadersTimeout().AsDuration(), DrainTimeout: absentDuration(h.DrainTimeout, 5*time.Second),
 		AccessLogs: readLogs(h.AccessLog),
-	}
-	if want.Internal == nil && h.InternalAddressConfig != nil {
-		want.Internal = []netip.Prefix{} // no address is internal, as opposed to Envoy's default
 	}
 	if h.GetRouteConfig() != nil {
 		want.Routes = readRoutes(h.GetRouteConfig())
