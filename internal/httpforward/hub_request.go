@@ -349,7 +349,7 @@ func (h *hub) answer(c *call, r *reply, err error) error {
 		text = ""
 	}
 	c.replied, c.reason, c.err = true, r.reason, err
-	c.policy = nil
+	c.policy, c.resp.pace = nil, nil
 	l := &h.down
 	block, at := l.beginBlock()
 	block = c.appendReply(block, l.encoder, r, h.Peers.server(), h.now(), text != "")
