@@ -111,6 +111,7 @@ func (h *hub) decide(c *call) {
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
+		c.limitKept()
 		if p := policyOf(d, c.settings); p != nil {
 			h.trace(c.stream, p, d.operation())
 		}
