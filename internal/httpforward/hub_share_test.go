@@ -6,7 +6,8 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
-// A connection whose server takes no streams holds back no call that another connection to the target can carry, and keeps none.
+// A connection whose server takes no streams holds back no call that another connection to the target can carry. Calls that wait for it
+// move to another that gets a place.
 func TestCallsAvoidAConnectionThatTakesNoStreams(t *testing.T) {
 	o := newOrigin(t)
 	r := newHub(t, o.address, toOrigin(o), plain)
@@ -38,7 +39,7 @@ func TestCallsAvoidAConnectionThatTakesNoStreams(t *testing.T) {
 	set(b, "3=0")
 	set(c, "3=0")
 	respond(a, "1", "1")
-	ask(client, "7") // waits for a, which carries the fewest
+	ask(client, "7") // waits for a: it carries the fewest
 	ask(client, "9")
 	client.sends("PING 12345678")
 	client.reads("PING ack 12345678")
