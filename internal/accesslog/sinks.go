@@ -20,7 +20,7 @@ type Sinks struct {
 	Log   *slog.Logger // of what cannot be carried out
 
 	mu     sync.Mutex
-	files  map[string]*writer // nil: it could not be opened
+	files  map[string]*writer
 	closed bool
 }
 
@@ -144,7 +144,7 @@ func (s *Sinks) place(h cel.Header) int {
 	return place
 }
 
-// writer returns the queue of a file; nil: it cannot be written.
+// writer returns the queue of a file; nil: there are too many. The file is opened by the goroutine of the queue.
 func (s *Sinks) writer(path string) *writer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,10 +158,7 @@ func (s *Sinks) writer(path string) *writer {
 		s.Log.Error("too many access logs", "path", path, "limit", maxFiles)
 		return nil
 	}
-	w, err := newWriter(path, 0, s.Log)
-	if err != nil {
-		s.Log.Error("access log not written", "path", path, "error", err)
-	}
+	w := startWriter(path, 0, s.Log, nil)
 	s.files[path] = w
 	return w
 }
@@ -171,9 +168,7 @@ func (s *Sinks) each() (all []*writer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, w := range s.files {
-		if w != nil {
-			all = append(all, w)
-		}
+		all = append(all, w)
 	}
 	return all
 }
