@@ -3,6 +3,7 @@ package accesslog
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -87,15 +88,12 @@ func (s *Sinks) format(c *mesh.AccessLog) (*Format, []error) {
 	if err == nil {
 		f, err = compiler.finish()
 	}
-	if err == nil {
-		err = s.note(f)
-	}
+	problems := compiler.problems
 	if err != nil {
+		problems = append(problems, err)
 		f, _ = ParseFormat(Default)
-		err = errors.Join(err, s.note(f))
-		return f, append(compiler.problems, err)
 	}
-	return f, compiler.problems
+	return f, append(problems, s.note(f)...)
 }
 
 // oneLine returns a format without the newline at its end, because each line gets one. Other newlines become spaces.
@@ -109,30 +107,33 @@ func oneLine(text string) string {
 	}, text)
 }
 
-// note asks for the fields of a format, and puts their places in records into it.
-func (s *Sinks) note(f *Format) (err error) {
+// note asks for the fields of a format, and puts their places in records into it. An operator with a field that is not
+// recorded has no value, and is a problem.
+func (s *Sinks) note(f *Format) (problems []error) {
 	if f.fields.Certificates {
 		s.Noted.AddCertificates()
 	}
 	for i := range f.pieces {
 		p := &f.pieces[i]
 		for j, from := range p.from {
-			var place int
+			names, base := f.fields.Request, fromRequest
 			switch {
 			case from >= fromResponse:
-				place, err = s.Noted.Add(f.fields.Response[from-fromResponse], true)
-				p.from[j] = fromResponse + source(place)
-			case from >= fromRequest:
-				place, err = s.Noted.Add(f.fields.Request[from-fromRequest], false)
-				p.from[j] = fromRequest + source(place)
+				names, base = f.fields.Response, fromResponse
+			case from < fromRequest:
+				continue
 			}
+			name := names[from-base]
+			place, err := s.Noted.Add(name, base == fromResponse)
 			if err != nil {
+				problems = append(problems, fmt.Errorf("the field %s is not recorded: %w", name, err))
 				p.does = verbMissing
 				break
 			}
+			p.from[j] = base + source(place)
 		}
 	}
-	return err
+	return problems
 }
 
 // place returns where records have a field that an expression reads; negative: they do not.

@@ -223,6 +223,20 @@ func TestFieldsOfAControlPlaneAreBounded(t *testing.T) {
 	if n := s.Noted.Load(); len(n.Request) != flow.MaxNoted || len(n.Response) != flow.MaxNoted || log.count("too many different header fields") == 0 {
 		t.Errorf("%d and %d fields are recorded", len(n.Request), len(n.Response))
 	}
+
+	// A format keeps everything else; x is recorded.
+	other := filepath.Join(t.TempDir(), "log")
+	for _, sink := range s.Of([]mesh.AccessLog{{Path: other, Text: "%REQ(X-LATE?X)% %RESPONSE_CODE% %RESP(X-LATER)% %REQ(X)%"}}) {
+		sink.Closed(story(request(flow.Inbound, flow.Completed), func(r *flow.Record) { r.HTTP.Fields = [][]byte{[]byte("first")} }))
+	}
+	if log.count("the field x-late is not recorded") != 1 || log.count("the field x-later is not recorded") != 1 {
+		t.Errorf("the agent logs %s", log.buf.String())
+	}
+	defer func() {
+		if got := read(t, other); got != "- 200 - first\n" {
+			t.Errorf("line %q", got)
+		}
+	}()
 	if err := s.Close(t.Context()); err != nil {
 		t.Error(err)
 	}
