@@ -224,7 +224,9 @@ func TestTheEdgeCannotBeEvaded(t *testing.T) {
 	expect(t, server, "GET /2 HTTP/1.1\r\nHost: b\r\n"+strings.Replace(added, "192.0.2.1,", "", 1)+"\r\n")
 	send(t, server, ok("2"))
 	expect(t, client, ok("2"))
-	r.set(func() { r.router = &atEdge{router.to, &Edge{Underscores: mesh.DropUnderscores}, make(chan netip.AddrPort, 20), make(chan []string, 20)} })
+	r.set(func() {
+		r.router = &atEdge{router.to, &Edge{Underscores: mesh.DropUnderscores}, make(chan netip.AddrPort, 20), make(chan []string, 20)}
+	})
 	for _, field := range []string{"x-forwarded-for", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-host", "X-Forwarded-Client-Cert",
 		"x-envoy-external-address", "x-envoy-internal", "X-ENVOY-Original-Path", "x-envoy-retry-on", "x-request-id", "x_forwarded_for"} {
 		client := r.dial(t)
