@@ -96,19 +96,12 @@ func TestNoOriginServesADeniedPath(t *testing.T) {
 	}{"decoded slashes": {false, mesh.UnescapeSlashes}, "strict paths": {true, mesh.KeepEscapedSlashes}} {
 		m := newMeshRigOf(t, "STRICT, HTTP", detectionDelay, func(c *Config) { c.StrictPaths = change.strict })
 		for origin, port := range m.startOrigins(t) {
-			enforce := func(policies ...*mesh.RBAC) {
-				m.enforce(t, "STRICT, HTTP", policies...)
-				for _, chain := range m.plane.InForce.Load().Listener("virtualInbound").Chains {
-					if chain.HTTP != nil {
-						chain.HTTP.EscapedSlashes = change.slashes
-					}
-				}
-			}
-			enforce()
+			m.slashes = change.slashes
+			m.enforce(t, "STRICT, HTTP")
 			if reached := m.confuse(t, port); len(reached) < 10 {
 				t.Errorf("%s, %s: without a policy, only %q are served", name, origin, reached)
 			}
-			enforce(rbac(mesh.Deny, ofAdmin, anything))
+			m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything))
 			if reached := m.confuse(t, port); len(reached) > 0 {
 				t.Errorf("%s, %s: the origin serves %q", name, origin, reached)
 			}

@@ -54,7 +54,7 @@ func (m *meshRig) enforceBehind(t *testing.T, mode string, tokens *mesh.JWT, pol
 		changed := *c
 		changed.Policies = nil
 		if c.HTTP != nil {
-			changed.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true}
+			changed.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true, EscapedSlashes: m.slashes}
 		}
 		if tokens != nil && c.HTTP != nil {
 			changed.HTTP.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: tokens}}

@@ -113,6 +113,7 @@ type meshRig struct {
 	authority *securetest.Authority
 	client    *tls.Certificate
 	plane     *servetest.Configured
+	slashes   mesh.EscapedSlashes // of chains with policies
 }
 
 func newMeshRig(t *testing.T, mode string) *meshRig {
