@@ -285,3 +285,42 @@ func TestRoutesChangePoliciesAndFollowClaims(t *testing.T) {
 	}
 	c.Close()
 }
+
+// hold begins a request, and gives the gateway time to read that. Without it, a test only shows less.
+func hold(t *testing.T, conn net.Conn, host string) {
+	t.Helper()
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	servetest.Send(t, conn, "GET / HTTP/1.1\r\nHost: "+host+"\r\n")
+	time.Sleep(30 * time.Millisecond)
+}
+
+// What a client says of itself is removed from a request that began while its filter chain was refused, and ends after the
+// push that mends the chain.
+func TestTheEdgeIsThatOfTheEndOfAHead(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header["X-Forwarded-For"], r.Header["X-Envoy-Internal"])
+	})
+	r.listen(edge(0))
+	conn := r.client(t)
+	defer conn.Close()
+	if status, _ := conn.ask(t, "/", ""); status != 200 {
+		t.Fatalf("status %d", status)
+	}
+	refused := edge(0)
+	refused.Refused = true
+	r.listen(refused)
+	hold(t, conn, "web")
+	r.listen(edge(0))
+	servetest.Send(t, conn, "X-Forwarded-For: 203.0.113.7\r\nX-Envoy-Internal: true\r\n\r\n")
+	response, err := http.ReadResponse(conn.read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(response.Body)
+	if want := "[203.0.113.7," + conn.LocalAddr().(*net.TCPAddr).IP.String() + "] []"; string(body) != want {
+		t.Errorf("status %d, and the server sees %q, want %q", response.StatusCode, body, want)
+	}
+}
