@@ -324,3 +324,50 @@ func TestTheEdgeIsThatOfTheEndOfAHead(t *testing.T) {
 		t.Errorf("status %d, and the server sees %q, want %q", response.StatusCode, body, want)
 	}
 }
+
+// A policy that is pushed later ends a connection of bytes that it denies, and no other one.
+func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "9001")
+	r.cluster("tcp", 9001)
+	bytes := func(filters ...mesh.NetworkFilter) *mesh.FilterChain {
+		return &mesh.FilterChain{TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "tcp", Weight: 1}}}, Policies: filters}
+	}
+	r.listen(bytes())
+	conn := r.Dial(t, r.At(port))
+	server := servetest.Take(t, conns)
+	servetest.Send(t, server, "ready")
+	servetest.Expect(t, conn, "ready")
+	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, clients("203.0.113.0/24")).RBAC}))
+	servetest.Send(t, conn, "goes on")
+	servetest.Expect(t, server, "goes on")
+	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, anything).RBAC}))
+	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
+	if got := r.Await(t); got.Reason != flow.PolicyDenied {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
+// A policy that asks a server about connections, and is pushed later, counts for open connections of HTTP: they were not asked
+// about, so they end.
+func TestAServerThatIsAskedLaterEndsConnections(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.serve(t, 82)
+	r.listen(edge(0))
+	conn := r.client(t)
+	defer conn.Close()
+	if status, _ := conn.ask(t, "/", ""); status != 200 {
+		t.Fatalf("status %d", status)
+	}
+	hold(t, conn, "web")
+	asking := edge(0)
+	asking.Policies = []mesh.NetworkFilter{{Name: "ask", ExtAuthz: &mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "none"}}}}
+	r.listen(asking)
+	servetest.Send(t, conn, "\r\n")
+	response, err := http.ReadResponse(conn.read, nil)
+	if err != nil || response.StatusCode != 404 || !response.Close {
+		t.Errorf("%+v, %v", response, err)
+	}
+}

@@ -146,6 +146,7 @@ func (x *exchange) readHead() (*reply, error) {
 		case err != nil:
 			return nil, err
 		}
+		s.retired() // begins to count the time that a retired connection has
 	}
 	answer := x.acceptRequest(limits)
 	return answer, x.gone

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -20,12 +22,16 @@ func TestAConnectionOfBytesEndsWhenItIsDenied(t *testing.T) {
 		chain := &mesh.FilterChain{TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "inbound|81||", Weight: 1}}}}
 		change(chain)
 		edit := (*mesh.Snapshot)(nil).Edit()
+		edit.SetListener("bound", &mesh.Listener{
+			Name: "bound", Direction: mesh.Outbound, Addresses: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:81")}, Default: chain,
+		})
 		edit.SetListener("virtualInbound", &mesh.Listener{Name: "virtualInbound", Direction: mesh.Inbound, UseOriginalDst: true, Default: chain})
 		snapshot, _ := edit.Snapshot()
 		return snapshot
 	}
 	plane := &inForce{config(func(*mesh.FilterChain) {})}
 	r := &rejudge{role: &Role{mesh: plane}, info: mesh.ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.1:81")}, seen: plane.snapshot}
+	a := &accepted{role: &Role{mesh: plane, gateway: true, direction: flow.Outbound}, info: r.info, subject: &authz.Subject{}, seen: plane.snapshot}
 	for _, step := range []struct {
 		name   string
 		change func(*mesh.FilterChain)
@@ -44,6 +50,9 @@ func TestAConnectionOfBytesEndsWhenItIsDenied(t *testing.T) {
 		plane.snapshot = config(step.change)
 		if got := r.denied(); got != step.denied {
 			t.Errorf("%s: it is to end: %v, want %v", step.name, got, step.denied)
+		}
+		if got := a.gone(); got != step.denied {
+			t.Errorf("%s: at a gateway, it is to end: %v, want %v", step.name, got, step.denied)
 		}
 	}
 }

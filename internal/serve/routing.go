@@ -103,8 +103,12 @@ func (r *routing) judge(s *mesh.Snapshot) {
 // look judges the connection by the snapshot in force, if that is another one. It returns that.
 func (r *routing) look() *mesh.Snapshot {
 	s := r.role.mesh.Snapshot()
-	if s != r.judged && !(r.role.gateway && r.accepted.gone()) {
+	switch {
+	case s == r.judged:
+	case !r.role.gateway || !r.accepted.gone():
 		r.judge(s)
+	case r.accepted.barred: // the manager stays, for the edge
+		r.judged, r.refused = nil, refusedChain
 	}
 	return s
 }
@@ -115,6 +119,8 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	switch {
 	case r.refused != nil:
 		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
+	case r.role.gateway && q.Previous == nil && q.Check == nil && r.accepted.late():
+		return httpforward.Decision{Reply: refusedChain, Tracing: r.traced, Telemetry: r.recorded}
 	case !q.Entered && edgeOf(r.manager) != nil: // it arrived under a configuration that has left its client's fields
 		return httpforward.Decision{Reply: route.Refused, Tracing: r.traced, Telemetry: r.recorded}
 	case r.table == nil:
