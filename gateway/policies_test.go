@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -286,12 +287,21 @@ func TestRoutesChangePoliciesAndFollowClaims(t *testing.T) {
 	c.Close()
 }
 
-// hold begins a request, and gives the gateway time to read that. Without it, a test only shows less.
-func hold(t *testing.T, conn net.Conn, host string) {
+// hold sends a request and the beginning of the next one with it, so that the gateway has read that when it has answered. It
+// returns the status of the first one.
+func hold(t *testing.T, conn net.Conn, read *bufio.Reader, host string) int {
 	t.Helper()
 	conn.SetDeadline(time.Now().Add(nettest.Patience))
-	servetest.Send(t, conn, "GET / HTTP/1.1\r\nHost: "+host+"\r\n")
-	time.Sleep(30 * time.Millisecond)
+	begun := "GET / HTTP/1.1\r\nHost: " + host + "\r\n"
+	servetest.Send(t, conn, begun+"\r\n"+begun)
+	response, err := http.ReadResponse(read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, response.Body); err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode
 }
 
 // What a client says of itself is removed from a request that began while its filter chain was refused, and ends after the
@@ -312,7 +322,9 @@ func TestTheEdgeIsThatOfTheEndOfAHead(t *testing.T) {
 	refused := edge(0)
 	refused.Refused = true
 	r.listen(refused)
-	hold(t, conn, "web")
+	if status := hold(t, conn, conn.read, "web"); status == 200 {
+		t.Error("the chain is not refused")
+	}
 	r.listen(edge(0))
 	servetest.Send(t, conn, "X-Forwarded-For: 203.0.113.7\r\nX-Envoy-Internal: true\r\n\r\n")
 	response, err := http.ReadResponse(conn.read, nil)
@@ -358,10 +370,9 @@ func TestAServerThatIsAskedLaterEndsConnections(t *testing.T) {
 	r.listen(edge(0))
 	conn := r.client(t)
 	defer conn.Close()
-	if status, _ := conn.ask(t, "/", ""); status != 200 {
+	if status := hold(t, conn, conn.read, "web"); status != 200 {
 		t.Fatalf("status %d", status)
 	}
-	hold(t, conn, "web")
 	asking := edge(0)
 	asking.Policies = []mesh.NetworkFilter{{Name: "ask", ExtAuthz: &mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "none"}}}}
 	r.listen(asking)

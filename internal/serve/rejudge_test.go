@@ -3,6 +3,8 @@ package serve
 import (
 	"net/netip"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -55,4 +57,19 @@ func TestAConnectionOfBytesEndsWhenItIsDenied(t *testing.T) {
 			t.Errorf("%s: at a gateway, it is to end: %v, want %v", step.name, got, step.denied)
 		}
 	}
+}
+
+// A client cannot hold a request for longer than its removed listener serves others.
+func TestARemovedListenerServesForAShortTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		empty, _ := (*mesh.Snapshot)(nil).Edit().Snapshot()
+		a := &accepted{role: &Role{mesh: &inForce{empty}, gateway: true}, info: mesh.ConnInfo{Destination: netip.MustParseAddrPort("192.0.2.1:81")}}
+		if !a.gone() || a.barred || a.late() {
+			t.Errorf("at once: %+v", a)
+		}
+		time.Sleep(removalGrace + 1)
+		if !a.late() {
+			t.Error("it is still served")
+		}
+	})
 }
