@@ -352,6 +352,24 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	}
 }
 
+// The flags set the limits of requests, below Envoy's and above.
+func TestGatewayHasTheLimitsOfItsFlags(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "one")
+	e.start(t, "--listen", "8080", "--route", "*=127.0.0.1:9001", "--max-head-fields", "200", "--max-head-bytes", "8192")
+	for _, request := range []struct{ fields, size, want int }{{150, 1, 200}, {250, 1, 431}, {1, 10_000, 431}} {
+		response, _ := e.get(t, "http://shop.example:8080/", func(r *http.Request) {
+			for i := range request.fields {
+				r.Header.Set(fmt.Sprintf("X-%d", i), strings.Repeat("a", request.size))
+			}
+		})
+		if response.StatusCode != request.want {
+			t.Errorf("%d fields of %d bytes: %d, want %d", request.fields, request.size, response.StatusCode, request.want)
+		}
+	}
+}
+
 // A request in progress finishes after SIGTERM, and new connections are refused.
 func TestGatewayDrains(t *testing.T) {
 	t.Parallel()

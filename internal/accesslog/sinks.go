@@ -3,6 +3,7 @@ package accesslog
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -20,7 +21,7 @@ type Sinks struct {
 	Log   *slog.Logger // of what cannot be carried out
 
 	mu     sync.Mutex
-	files  map[string]*writer // nil: it could not be opened
+	files  map[string]*writer
 	closed bool
 }
 
@@ -87,15 +88,12 @@ func (s *Sinks) format(c *mesh.AccessLog) (*Format, []error) {
 	if err == nil {
 		f, err = compiler.finish()
 	}
-	if err == nil {
-		err = s.note(f)
-	}
+	problems := compiler.problems
 	if err != nil {
+		problems = append(problems, err)
 		f, _ = ParseFormat(Default)
-		err = errors.Join(err, s.note(f))
-		return f, append(compiler.problems, err)
 	}
-	return f, compiler.problems
+	return f, append(problems, s.note(f)...)
 }
 
 // oneLine returns a format without the newline at its end, because each line gets one. Other newlines become spaces.
@@ -109,30 +107,33 @@ func oneLine(text string) string {
 	}, text)
 }
 
-// note asks for the fields of a format, and puts their places in records into it.
-func (s *Sinks) note(f *Format) (err error) {
+// note asks for the fields of a format, and puts their places in records into it. An operator with a field that is not
+// recorded has no value, and is a problem.
+func (s *Sinks) note(f *Format) (problems []error) {
 	if f.fields.Certificates {
 		s.Noted.AddCertificates()
 	}
 	for i := range f.pieces {
 		p := &f.pieces[i]
 		for j, from := range p.from {
-			var place int
+			names, base := f.fields.Request, fromRequest
 			switch {
 			case from >= fromResponse:
-				place, err = s.Noted.Add(f.fields.Response[from-fromResponse], true)
-				p.from[j] = fromResponse + source(place)
-			case from >= fromRequest:
-				place, err = s.Noted.Add(f.fields.Request[from-fromRequest], false)
-				p.from[j] = fromRequest + source(place)
+				names, base = f.fields.Response, fromResponse
+			case from < fromRequest:
+				continue
 			}
+			name := names[from-base]
+			place, err := s.Noted.Add(name, base == fromResponse)
 			if err != nil {
+				problems = append(problems, fmt.Errorf("the field %s is not recorded: %w", name, err))
 				p.does = verbMissing
 				break
 			}
+			p.from[j] = base + source(place)
 		}
 	}
-	return err
+	return problems
 }
 
 // place returns where records have a field that an expression reads; negative: they do not.
@@ -144,7 +145,7 @@ func (s *Sinks) place(h cel.Header) int {
 	return place
 }
 
-// writer returns the queue of a file; nil: it cannot be written.
+// writer returns the queue of a file; nil: there are too many. The file is opened by the goroutine of the queue.
 func (s *Sinks) writer(path string) *writer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -158,10 +159,7 @@ func (s *Sinks) writer(path string) *writer {
 		s.Log.Error("too many access logs", "path", path, "limit", maxFiles)
 		return nil
 	}
-	w, err := newWriter(path, 0, s.Log)
-	if err != nil {
-		s.Log.Error("access log not written", "path", path, "error", err)
-	}
+	w := startWriter(path, 0, s.Log, nil)
 	s.files[path] = w
 	return w
 }
@@ -171,9 +169,7 @@ func (s *Sinks) each() (all []*writer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, w := range s.files {
-		if w != nil {
-			all = append(all, w)
-		}
+		all = append(all, w)
 	}
 	return all
 }

@@ -2,6 +2,7 @@ package accesslog
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
 
@@ -170,11 +172,43 @@ func TestFilesOfAControlPlaneAreBounded(t *testing.T) {
 		}
 		written += len(s.Of([]mesh.AccessLog{{Path: path, Text: "x"}}))
 	}
-	if written != maxFiles-1 || log.count("too many access logs") != 2 || log.count("access log not written") != 1 {
-		t.Errorf("%d files, and the log %s", written, log.buf.String())
-	}
 	if err := s.Close(t.Context()); err != nil {
 		t.Error(err)
+	}
+	if written != maxFiles || log.count("too many access logs") != 2 || log.count("access log not written") != 1 {
+		t.Errorf("%d files, and the log %s", written, log.buf.String())
+	}
+}
+
+// A file that cannot be opened at first gets the lines that were queued when it can: when the files are opened again, or
+// after a while.
+func TestAFileOfAControlPlaneIsOpenedLater(t *testing.T) {
+	for _, reopens := range []bool{true, false} {
+		var log logBuffer
+		directory := filepath.Join(t.TempDir(), "later")
+		path := filepath.Join(directory, "log")
+		s := &Sinks{Noted: flow.NewNoted(flow.Fields{}), Log: log.logger()}
+		for _, sink := range s.Of([]mesh.AccessLog{{Path: path, Text: "line"}}) {
+			sink.Closed(request(flow.Inbound, flow.Completed))
+		}
+		nettest.Eventually(t, "a message with the remedy", func() bool { return log.count("permit the agent to write there") > 0 })
+		s.Reopen() // fails
+		if err := os.Mkdir(directory, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if reopens {
+			s.Reopen()
+		}
+		nettest.Eventually(t, "the line that was queued", func() bool {
+			text, err := os.ReadFile(path)
+			return err == nil && string(text) == "line\n"
+		})
+		if err := s.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if written, dropped := s.Counts(); written != 1 || dropped != 0 {
+			t.Errorf("%d lines written and %d dropped", written, dropped)
+		}
 	}
 }
 
@@ -189,6 +223,20 @@ func TestFieldsOfAControlPlaneAreBounded(t *testing.T) {
 	if n := s.Noted.Load(); len(n.Request) != flow.MaxNoted || len(n.Response) != flow.MaxNoted || log.count("too many different header fields") == 0 {
 		t.Errorf("%d and %d fields are recorded", len(n.Request), len(n.Response))
 	}
+
+	// A format keeps everything else; x is recorded.
+	other := filepath.Join(t.TempDir(), "log")
+	for _, sink := range s.Of([]mesh.AccessLog{{Path: other, Text: "%REQ(X-LATE?X)% %RESPONSE_CODE% %RESP(X-LATER)% %REQ(X)%"}}) {
+		sink.Closed(story(request(flow.Inbound, flow.Completed), func(r *flow.Record) { r.HTTP.Fields = [][]byte{[]byte("first")} }))
+	}
+	if log.count("the field x-late is not recorded") != 1 || log.count("the field x-later is not recorded") != 1 {
+		t.Errorf("the agent logs %s", log.buf.String())
+	}
+	defer func() {
+		if got := read(t, other); got != "- 200 - first\n" {
+			t.Errorf("line %q", got)
+		}
+	}()
 	if err := s.Close(t.Context()); err != nil {
 		t.Error(err)
 	}

@@ -17,6 +17,7 @@ const (
 	chunkBytes   = 64 << 10 // size of one write; at least one line
 	flushDelay   = time.Second
 	defaultQueue = 1 << 20
+	openDelay    = 5 * time.Second        // between attempts to open a sink that could not be opened
 	givingUp     = 100 * time.Millisecond // how long Close waits for an interrupted write to return
 )
 
@@ -34,7 +35,7 @@ type writer struct {
 	warning sync.WaitGroup // the goroutine that logs dropped lines
 
 	mu      sync.Mutex
-	file    *os.File
+	file    *os.File // nil: not opened yet
 	next    *os.File // replaces file before the next write
 	open    []byte   // the chunk being filled, or nil
 	full    [][]byte // chunks to be written, oldest first
@@ -54,6 +55,11 @@ func newWriter(path string, queueBytes int, log *slog.Logger) (*writer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the access log: %w", err)
 	}
+	return startWriter(path, queueBytes, log, file), nil
+}
+
+// startWriter begins a writer. If file is nil its goroutine opens path, and lines are queued meanwhile.
+func startWriter(path string, queueBytes int, log *slog.Logger, file *os.File) *writer {
 	if queueBytes == 0 {
 		queueBytes = defaultQueue
 	}
@@ -63,7 +69,7 @@ func newWriter(path string, queueBytes int, log *slog.Logger) (*writer, error) {
 	}
 	w.timer.Stop()
 	go w.run()
-	return w, nil
+	return w
 }
 
 // openSink opens path for appending. Our own descriptors are not opened by path, since /proc may be hidden or belong to
@@ -157,6 +163,11 @@ func (w *writer) nudge() {
 func (w *writer) run() {
 	defer close(w.done)
 	defer w.warning.Wait()
+	if w.file == nil {
+		if err := w.begin(); err != nil {
+			w.failed(err)
+		}
+	}
 	for {
 		select {
 		case <-w.wake:
@@ -210,7 +221,14 @@ func (w *writer) write(chunk []byte) {
 		if w.swap() {
 			at = bytes.LastIndexByte(chunk[:at], '\n') + 1 // the new sink begins with a whole line
 		}
-		n, err := w.file.Write(chunk[at:])
+		var n int
+		var err error
+		pause := flushDelay
+		if w.file == nil {
+			pause, err = openDelay, w.begin()
+		} else {
+			n, err = w.file.Write(chunk[at:])
+		}
 		w.written.Add(uint64(bytes.Count(chunk[at:at+n], []byte{'\n'})))
 		at += n
 		if err == nil || w.replaced() {
@@ -225,7 +243,7 @@ func (w *writer) write(chunk []byte) {
 		default:
 		}
 		w.failed(err)
-		again := time.NewTimer(flushDelay)
+		again := time.NewTimer(pause)
 		select {
 		case <-again.C:
 		case <-w.wake:
@@ -233,6 +251,18 @@ func (w *writer) write(chunk []byte) {
 		}
 		again.Stop()
 	}
+}
+
+// begin opens a sink that is not open.
+func (w *writer) begin() error {
+	file, err := openSink(w.path)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.file = file
+	return nil
 }
 
 // failed logs the first of consecutive errors.
@@ -243,10 +273,17 @@ func (w *writer) failed(err error) {
 		w.trouble, w.since = true, w.dropped
 	}
 	w.mu.Unlock()
-	if first {
+	switch {
+	case !first:
+	case w.file == nil:
+		w.log.Error(notOpened, "path", w.path, "error", err)
+	default:
 		w.log.Error("writing the access log failed; lines are queued, and dropped when the queue is full", "path", w.path, "error", err)
 	}
 }
+
+const notOpened = "access log not written: its file cannot be opened; create its directory, or permit the agent to write there; " +
+	"it is tried again every 5 s, lines are queued meanwhile, and dropped when the queue is full"
 
 // settle is called when all lines are written. Trouble is over when no line has been lost for a second. Chunks that a burst
 // needed are released.
@@ -281,12 +318,17 @@ func (w *writer) recovered() (lost uint64, over bool) {
 // swap switches to the sink that Reopen opened, if there is one, and reports whether it did.
 func (w *writer) swap() bool {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.next == nil {
+	old, next := w.file, w.next
+	if next != nil {
+		w.file, w.next = next, nil
+	}
+	w.mu.Unlock()
+	if next == nil {
 		return false
 	}
-	w.file.Close()
-	w.file, w.next = w.next, nil
+	if old != nil {
+		old.Close() // it may block
+	}
 	return true
 }
 
@@ -304,7 +346,13 @@ func (l *Log) Reopen() { l.writer.reopen() }
 func (w *writer) reopen() {
 	file, err := openSink(w.path)
 	if err != nil {
-		w.log.Error("reopening the access log failed, keeping the old file", "path", w.path, "error", err)
+		w.mu.Lock()
+		message := "reopening the access log failed, keeping the old file"
+		if w.file == nil {
+			message = notOpened
+		}
+		w.mu.Unlock()
+		w.log.Error(message, "path", w.path, "error", err)
 		return
 	}
 	w.mu.Lock()
@@ -317,7 +365,9 @@ func (w *writer) reopen() {
 		w.next.Close()
 	}
 	w.next = file
-	w.file.SetWriteDeadline(time.Now()) // interrupts a stuck write, if the file supports deadlines
+	if w.file != nil {
+		w.file.SetWriteDeadline(time.Now()) // interrupts a stuck write, if the file supports deadlines
+	}
 	w.nudge()
 }
 
@@ -350,7 +400,9 @@ func (w *writer) close(ctx context.Context) error {
 	case <-w.done:
 	case <-ctx.Done():
 		w.mu.Lock()
-		w.file.SetWriteDeadline(time.Now())
+		if w.file != nil {
+			w.file.SetWriteDeadline(time.Now())
+		}
 		w.mu.Unlock()
 		timer := time.NewTimer(givingUp)
 		defer timer.Stop()
@@ -374,5 +426,7 @@ func (w *writer) end() {
 	if w.next != nil {
 		w.next.Close()
 	}
-	w.file.Close()
+	if w.file != nil {
+		w.file.Close()
+	}
 }

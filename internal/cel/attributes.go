@@ -127,19 +127,9 @@ func query(_ *machine, r *flow.Record) value {
 }
 
 // downstream returns the security of the connection from downstream; nil: it is not secured, or not by the agent.
-func downstream(r *flow.Record) *flow.Security {
-	if r.Direction == flow.Inbound {
-		return r.Security
-	}
-	return nil
-}
+func downstream(r *flow.Record) *flow.Security { return r.SecurityOf(flow.Inbound) }
 
-func upstream(r *flow.Record) *flow.Security {
-	if r.Direction == flow.Outbound {
-		return r.Security
-	}
-	return nil
-}
+func upstream(r *flow.Record) *flow.Security { return r.SecurityOf(flow.Outbound) }
 
 // ofTLS returns a text that all connections by TLS have, though it may be empty.
 func (m *machine) ofTLS(s *flow.Security, of func(*flow.Security) string) value {

@@ -115,6 +115,28 @@ func TestExpressionsSelectRecords(t *testing.T) {
 	}
 }
 
+// A gateway's records are outbound, and have TLS with the client beside that with the server.
+func TestAGatewayHasTLSOnBothSides(t *testing.T) {
+	client, server := &flow.Security{Peer: "spiffe://client", Mutual: true, Version: "TLSv1.3"}, &flow.Security{Peer: "spiffe://server", Version: "TLSv1.2"}
+	opaque := connection()
+	opaque.Client, opaque.Security = client, server
+	exchange := request()
+	exchange.Direction, exchange.Connection.Direction, exchange.Security, exchange.Connection.Client = flow.Outbound, flow.Outbound, server, client
+	for _, text := range []string{
+		"connection.mtls", "connection.tls_version == 'TLSv1.3'", "connection.uri_san_peer_certificate == 'spiffe://client'",
+		"upstream.tls_version == 'TLSv1.2'", "upstream.uri_san_peer_certificate == 'spiffe://server'",
+	} {
+		e, err := Parse(text)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		if p := e.Bind(place); !p.Match(exchange) || !p.Match(opaque) {
+			t.Errorf("%s: %v for a request and %v for a connection, want both", text, p.Match(exchange), p.Match(opaque))
+		}
+	}
+}
+
 func TestWhatIsNotUnderstoodIsAnError(t *testing.T) {
 	for text, problem := range map[string]string{
 		"":                                          "column 1: the expression is incomplete",

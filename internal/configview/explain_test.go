@@ -119,9 +119,9 @@ func TestQuestionsAreServed(t *testing.T) {
 		"url=http://%25zz/":                   "invalid",
 		"url=http://a:99999/":                 "is not a port",
 		"url=http://a/&from=below":            "is not a direction",
-		"url=http://a/&destination=here":      "is not an address with a port",
+		"url=http://a/&destination=here":      `destination: "here" is not an address with a port, such as `,
 		"url=http://a/&header=end-user+jason": "is not a header field",
-		"url=http://a/&source=here":           "is not an address",
+		"url=http://a/&source=here":           `source: "here" is not an address, such as `,
 	} {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, httptest.NewRequest("GET", "/explain?"+query, nil))

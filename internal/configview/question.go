@@ -44,12 +44,12 @@ func parseQuestion(v url.Values) (*Question, error) {
 	}
 	if text := v.Get("destination"); text != "" {
 		if q.Destination, err = netip.ParseAddrPort(text); err != nil {
-			return nil, fmt.Errorf("%.100q is not an address with a port", text)
+			return nil, fmt.Errorf("destination: %.100q is not an address with a port, such as 198.51.100.7:80", text)
 		}
 	}
 	if text := v.Get("source"); text != "" {
 		if q.Source, err = netip.ParseAddr(text); err != nil {
-			return nil, fmt.Errorf("%.100q is not an address", text)
+			return nil, fmt.Errorf("source: %.100q is not an address, such as 198.51.100.7", text)
 		}
 	}
 	for _, text := range v["header"] {

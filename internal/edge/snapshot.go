@@ -139,6 +139,7 @@ func manager(routes string) *mesh.HTTPManager {
 	h.NormalizePath = true
 	h.ServerHeader = mesh.PassServer
 	h.Upgrades = []mesh.Upgrade{{Protocol: "websocket"}}
+	h.MaxHeaderKiB, h.MaxHeaders = 0, 0 // those of the flags
 	return h
 }
 

@@ -207,17 +207,17 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 		s.Run(ctx, func() { changed <- struct{}{} })
 	}()
 	t.Cleanup(func() { cancel(); <-ended })
-	next := func() (before, after *mesh.Snapshot) {
+	next := func(write func()) (before, after *mesh.Snapshot) {
 		t.Helper()
 		before = s.Snapshot()
+		write()
 		nettest.Eventually(t, "the change to be in force", func() bool { return s.Snapshot() != before })
 		<-changed
 		return before, s.Snapshot()
 	}
 	certificate := func(name string) string { return "certificate:" + f.path(name+".crt") }
 
-	f.config(t, "listen: 8443,8444\nroute:\n- a=10.0.0.1:80\n- c=10.0.0.3:80", "a", "b")
-	before, after := next()
+	before, after := next(func() { f.config(t, "listen: 8443,8444\nroute:\n- a=10.0.0.1:80\n- c=10.0.0.3:80", "a", "b") })
 	if after.Cluster("b") != nil || after.Cluster("c") == nil || after.Bound(8444) == nil || after.RouteTable(routesName) == before.RouteTable(routesName) {
 		t.Error("the new routes and listeners are not in force")
 	}
@@ -247,8 +247,8 @@ func TestFilesAreReadAgainWhenTheyChange(t *testing.T) {
 	if s.Snapshot() != current {
 		t.Error("an unusable file changes what is in force")
 	}
-	f.config(t, "listen: 8444\nroute: a=10.0.0.1:80", "b")
-	if _, after = next(); after.Bound(8443) != nil || after.Secret(certificate("a")) != nil || after.Secret(certificate("b")) == nil {
+	_, after = next(func() { f.config(t, "listen: 8444\nroute: a=10.0.0.1:80", "b") })
+	if after.Bound(8443) != nil || after.Secret(certificate("a")) != nil || after.Secret(certificate("b")) == nil {
 		t.Error("removed listeners and certificates are in force")
 	}
 }

@@ -27,7 +27,8 @@ type Body struct {
 	bytes  int64
 	limits Limits // remaining limits for trailers
 
-	forbidden []byte // see Forbid
+	forbidden []byte                 // see Forbid
+	refuses   func(name []byte) bool // see Refuse
 }
 
 type bodyState uint8
@@ -55,6 +56,9 @@ func (x *Body) Start(f Framing, limits Limits) {
 
 // Forbid makes the trailer fields that a comma-separated list names malformed. The list is kept. Start clears it.
 func (x *Body) Forbid(names []byte) { x.forbidden = names }
+
+// Refuse makes the trailer fields malformed for whose names refuses reports true. nil: none. Start clears it.
+func (x *Body) Refuse(refuses func(name []byte) bool) { x.refuses = refuses }
 
 // Scan parses the next bytes of the connection. The first n belong to the body and are valid: they may be forwarded
 // unchanged. n is less than len(p) if the body ends there, if p ends within a line of chunk framing, or on an error. An
@@ -227,9 +231,9 @@ func (x *Body) trailer(p []byte) (int, error) {
 	return n, nil
 }
 
-// forbids reports whether Connection names the field.
+// forbids reports whether the caller forbids the field, as it does those that Connection names.
 func (x *Body) forbids(name []byte) bool {
-	return len(x.forbidden) > 0 && (x.forbidden[0] == everyName[0] || contains(x.forbidden, name))
+	return len(x.forbidden) > 0 && (x.forbidden[0] == everyName[0] || contains(x.forbidden, name)) || x.refuses != nil && x.refuses(name)
 }
 
 // contains reports whether a comma-separated list contains name, ignoring case.

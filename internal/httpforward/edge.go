@@ -114,9 +114,6 @@ const (
 // maxEdgeFields is more than the fields that the edge adds.
 const maxEdgeFields = 8
 
-// edgeTrailers are fields that a client must not send in trailers, because applications may read those like a head.
-var edgeTrailers = strings.Join([]string{forwardedForField, forwardedProtoField, forwardedPortField, externalAddressField, internalField, requestIDField}, ",")
-
 // enter prepares a request with these fields in to: the fields that are gone, and those that are added. It records the client's
 // address. It reports false if a name is rejected.
 func (e *Edge) enter(to *edited, fields HeaderFields, r *flow.Record) (accepted bool) {
@@ -187,9 +184,18 @@ func (e *Edge) add(to *edited, c *flow.Record, client netip.Addr, internal bool)
 }
 
 // envoyField reports whether a field is one of those by which Envoys are controlled and report to each other.
-func envoyField(name []byte) bool {
-	const family = "x-envoy-"
+func envoyField(name []byte) bool { return ofFamily(name, "x-envoy-") }
+
+// ofFamily reports whether a name begins with family, which is in lower case.
+func ofFamily(name []byte, family string) bool {
 	return len(name) > len(family) && sameName(name[:len(family)], family)
+}
+
+// refusesTrailer reports whether clients must not send a field in trailers, because applications may read those like a head.
+// Over HTTP/1 such a trailer is malformed, over HTTP/2 it is removed, whatever Underscores is of the two.
+func (e *Edge) refusesTrailer(name []byte) bool {
+	return envoyField(name) || ofFamily(name, "x-forwarded-") || sameName(name, requestIDField) ||
+		e.Underscores != mesh.AllowUnderscores && slices.Contains(name, '_')
 }
 
 // enter has the edge prepare the request whose head is in b. The head is written again and parsed, so that nothing behind it
@@ -262,9 +268,7 @@ func (e *Edge) trailers(fields []http2.Field) []http2.Field {
 	if e == nil {
 		return fields
 	}
-	return slices.DeleteFunc(fields, func(f http2.Field) bool {
-		return strings.HasPrefix(f.Name, "x-envoy-") || strings.HasPrefix(f.Name, "x-forwarded-") || f.Name == requestIDField
-	})
+	return slices.DeleteFunc(fields, func(f http2.Field) bool { return e.refusesTrailer(readOnly(f.Name)) })
 }
 
 // ForwardedAddress returns the address in the x-forwarded-for of a request that skip others follow: each proxy appends the one

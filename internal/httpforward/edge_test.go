@@ -224,20 +224,29 @@ func TestTheEdgeCannotBeEvaded(t *testing.T) {
 	expect(t, server, "GET /2 HTTP/1.1\r\nHost: b\r\n"+strings.Replace(added, "192.0.2.1,", "", 1)+"\r\n")
 	send(t, server, ok("2"))
 	expect(t, client, ok("2"))
-	for _, field := range strings.Split(edgeTrailers, ",") {
+	r.set(func() {
+		r.router = &atEdge{router.to, &Edge{Underscores: mesh.DropUnderscores}, make(chan netip.AddrPort, 20), make(chan []string, 20)}
+	})
+	for _, field := range []string{"x-forwarded-for", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-host", "X-Forwarded-Client-Cert",
+		"x-envoy-external-address", "x-envoy-internal", "X-ENVOY-Original-Path", "x-envoy-retry-on", "x-request-id", "x_forwarded_for"} {
 		client := r.dial(t)
 		send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"+field+": 1\r\n\r\n")
 		if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
 			t.Errorf("a trailer %s is answered %q, want 400", field, got)
 		}
 	}
+	r.set(func() { r.router = router })
+	client = r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nx_other: 1\r\nx-envoy: 2\r\n\r\n")
+	expect(t, o.accept(), "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"+strings.Replace(added, "192.0.2.1,", "", 1)+
+		"\r\n0\r\nx_other: 1\r\nx-envoy: 2\r\n\r\n")
 }
 
 func TestTrailersOfHTTP2PassTheEdge(t *testing.T) {
 	for _, many := range []bool{false, true} {
-		r, _ := newEdge(t, &Edge{}, true, many)
+		r, _ := newEdge(t, &Edge{Underscores: mesh.RejectUnderscores}, true, many)
 		request, _ := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.address, io.MultiReader(strings.NewReader("body")))
-		request.Trailer = http.Header{"X-Forwarded-For": {"192.0.2.1"}, "X-Envoy-Internal": {"true"}, "X-Other": {"kept"}}
+		request.Trailer = http.Header{"X-Forwarded-For": {"192.0.2.1"}, "X-Envoy-Internal": {"true"}, "X-Request-Id": {"1"}, "X_other": {"2"}, "X-Other": {"kept"}}
 		response, err := http2Client(t).Do(request)
 		if err != nil {
 			t.Fatal(err)

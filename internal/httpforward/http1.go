@@ -196,6 +196,9 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	if framing.Kind == http1.Chunked {
 		x.request.nominated = x.forbidden(b)
+		if x.settings.edge != nil {
+			x.request.refuses = x.settings.edge.refusesTrailer
+		}
 	}
 	x.s.Read.Discard(x.headLength())
 	x.started, x.request.retain = true, true
@@ -296,9 +299,6 @@ func (x *exchange) await(c Check) error {
 func (x *exchange) forbidden(b []byte) (names []byte) {
 	if x.options.Nominates {
 		names = x.requestHead.Nominated(b)
-	}
-	if x.settings.edge != nil {
-		names = append(append(names, edgeTrailers...), ',')
 	}
 	return x.s.Peers.forbidRequest(names)
 }

@@ -142,15 +142,22 @@ func (h *hub) store(p *pipe, data []byte) {
 	}
 	p.queue = append(p.queue, data...)
 	h.buffered += len(data)
-	if p.keep && len(p.queue) > p.c.keepLimit() {
-		p.keep = false
-		p.c.policy = nil
+	if p.up {
+		p.c.limitKept()
 	}
 }
 
-// keepLimit is how much of the request is kept for another attempt.
+// limitKept gives up other attempts of a request that is too long for them.
+func (c *call) limitKept() {
+	if c.req.keep && len(c.req.queue) > c.keepLimit() {
+		c.req.keep = false
+		c.policy = nil
+	}
+}
+
+// keepLimit is how much of the request is kept for another attempt. Until its question is answered, a policy may follow.
 func (c *call) keepLimit() int {
-	if c.policy != nil || len(c.decision.Mirrors) > 0 {
+	if c.asking || c.policy != nil || len(c.decision.Mirrors) > 0 {
 		return maxKept
 	}
 	return keptWithoutPolicy

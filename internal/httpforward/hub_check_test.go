@@ -7,8 +7,10 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -132,4 +134,54 @@ func TestAHubGivesUpQuestions(t *testing.T) {
 			t.Errorf("%s: the question was given up %d times", path, n)
 		}
 	}
+}
+
+// The body of a request that waits for an answer is kept for the attempts and the copies that its route permits then.
+func TestRequestsOfAHubAreKeptForTheirRoute(t *testing.T) {
+	const size = 20 << 10 // more than is kept without a policy
+	var attempts atomic.Int32
+	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		if n, err := io.Copy(io.Discard, r.Body); n != size || err != nil {
+			t.Errorf("the origin reads %d bytes, %v", n, err)
+		}
+		if attempts.Add(1) == 1 {
+			w.WriteHeader(503)
+		}
+	})
+	copied := make(chan int64, 1)
+	mirror := serveHTTP2(t, func(_ http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		copied <- n
+	})
+	held, q := &leases{}, new(question)
+	plan := planOf(t, mesh.Forward{Retry: retrying(mesh.Retry5xx, 1)}, mesh.Edits{})
+	r := newHub(t, origin, &planned{decide: func(r *Request, d *Decision) {
+		if r.Attempt == 0 && r.Check == nil {
+			*d = Decision{Check: q}
+			return
+		}
+		d.Plan = plan
+		if r.Attempt == 0 {
+			d.Mirrors = []Mirror{{Target: upstream.Target{Address: mirror}, Policy: &mesh.Mirror{}, Lease: held.open()}}
+		}
+	}})
+	client := greetHub(t, r, "")
+	client.sends("HEADERS 1 :method=POST :scheme=http :authority=a :path=/")
+	client.framer.WriteData(1, false, make([]byte, size/2))
+	client.framer.WriteData(1, true, make([]byte, size/2))
+	client.sends("PING 12345678")
+	client.reads("PING ack 12345678") // the hub holds the body
+	q.answer()
+	if got, n := client.next(), attempts.Load(); !strings.HasPrefix(got, "HEADERS 1 end :status=200") || n != 2 {
+		t.Errorf("read %q after %d attempts, want a response after 2", got, n)
+	}
+	select {
+	case n := <-copied:
+		if n != size {
+			t.Errorf("%d bytes are copied", n)
+		}
+	case <-time.After(nettest.Patience):
+		t.Error("no copy")
+	}
+	held.check(t, nil)
 }

@@ -73,11 +73,11 @@ var (
 	madeOverflow  = route.Reply{Fields: []route.Field{{Name: "x-envoy-overloaded", Value: "true"}}, Edited: true}
 )
 
-// place returns a leg to the target of a call, nil if there are too many.
+// place returns a leg to the target of a call, nil if there are too many. If the server takes no streams at present on any of its
+// connections, those of another connection would wait as well: the call waits for one of them.
 func (h *hub) place(c *call) *leg {
 	to, translate := &c.decision.Target, c.translated()
-	var best *leg
-	closed := false // a server takes no streams at present: those of another connection to it would wait as well
+	var best, stalled *leg
 	for _, l := range h.ups {
 		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
 			continue
@@ -92,16 +92,20 @@ func (h *hub) place(c *call) *leg {
 		if translate && l.room() > 0 {
 			return l // it has one place, and the others need not be looked at
 		}
-		closed = closed || l.limit == 0
-		if best == nil || l.room() > best.room() {
-			best = l
+		if l.limit == 0 {
+			stalled = roomier(stalled, l)
+		} else {
+			best = roomier(best, l)
 		}
 	}
 	most := maxLegs
 	if translate {
 		most = h.maxStreams()
 	}
-	if best != nil && (best.room() > 0 || closed || len(h.ups) >= most) {
+	switch {
+	case best == nil && stalled != nil:
+		return stalled
+	case best != nil && (best.room() > 0 || len(h.ups) >= most):
 		return best
 	}
 	if len(h.ups) >= most {
@@ -113,6 +117,14 @@ func (h *hub) place(c *call) *leg {
 	}
 	h.dial(l)
 	return l
+}
+
+// roomier returns the leg with the most room; best may be nil.
+func roomier(best, l *leg) *leg {
+	if best == nil || l.room() > best.room() {
+		return l
+	}
+	return best
 }
 
 // over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, or because
@@ -214,7 +226,7 @@ func (l *leg) openWaiting() {
 	if l.h.closed {
 		return
 	}
-	for len(l.waiting) > 0 && l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full() {
+	for len(l.waiting) > 0 && l.takes() {
 		c := l.waiting[0]
 		l.waiting = l.waiting[1:]
 		if c.leg == l && c.upID == 0 && !c.closed {
@@ -228,6 +240,45 @@ func (l *leg) openWaiting() {
 	if len(l.waiting) == 0 {
 		l.waiting = nil
 	}
+}
+
+// takes reports whether a call can be opened on the connection now.
+func (l *leg) takes() bool {
+	return l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full()
+}
+
+// share opens calls that wait for a place on a connection of HTTP/2 on others to the same target. It reports whether it has opened
+// any.
+func (h *hub) share() (opened bool) {
+	if h.closed {
+		return false
+	}
+	for _, from := range h.ups {
+		if len(from.waiting) == 0 || from.conn == nil || from.http1 != nil {
+			continue
+		}
+		for _, to := range h.ups {
+			for len(from.waiting) > 0 && to.http1 == nil && to.target == from.target && to.takes() && len(to.waiting) == 0 {
+				to.take(from)
+				opened = true
+			}
+		}
+	}
+	return opened
+}
+
+// take opens the first call that waits for another leg.
+func (l *leg) take(from *leg) {
+	c := from.waiting[0]
+	from.waiting = from.waiting[1:]
+	if c.leg != from || c.upID != 0 || c.closed {
+		return
+	}
+	from.joined--
+	c.leg = l
+	l.joined++
+	l.waiting = append(l.waiting, c)
+	l.openWaiting()
 }
 
 // moveWaiting finds other connections for the calls that wait for one which takes no more.
@@ -277,7 +328,7 @@ func (h *hub) reap() (moved bool) {
 		h.lost(l)
 		moved = true
 	}
-	return moved
+	return h.share() || moved
 }
 
 // notConnected ends the calls that wait for a connection that could not be made.

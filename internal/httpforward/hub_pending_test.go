@@ -9,6 +9,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -45,21 +46,25 @@ func TestCallsWaitForAServerThatTakesNoStreams(t *testing.T) {
 	}}, plain)
 	const get = ":method=GET :scheme=http :authority=a :path="
 	client := greetHub(t, r, "")
-	client.sends("HEADERS 1 end " + get + "/short")
+	client.sends("HEADERS 1 end " + get + "/left")
 	server := acceptHub(t, o, "3=0")
 	server.next() // the request is sent before the server's settings arrive
 	server.reads("SETTINGS ack")
 	server.sends("RST 1 REFUSED_STREAM")
-	if got := client.next(); !strings.HasPrefix(got, "HEADERS 1 :status=504") {
+	nettest.Eventually(t, "the call waits", func() bool { return waiting.Load() == 1 })
+	client.sends("RST 1 CANCEL")
+	nettest.Eventually(t, "the call has left", func() bool { return waiting.Load() == 0 })
+	client.sends("HEADERS 3 end " + get + "/short")
+	if got := client.next(); !strings.HasPrefix(got, "HEADERS 3 :status=504") {
 		t.Errorf("read %q", got)
 	}
 	client.next() // its body
 	if n := waiting.Load(); n != 0 {
 		t.Errorf("%d calls wait after the time limit", n)
 	}
-	client.sends("HEADERS 3 end " + get + "/waits")
-	client.sends("HEADERS 5 end " + get + "/one-too-many")
-	if got := client.next(); !strings.HasPrefix(got, "HEADERS 5 :status=503") || !strings.Contains(got, "x-envoy-overloaded=true") {
+	client.sends("HEADERS 5 end " + get + "/waits")
+	client.sends("HEADERS 7 end " + get + "/one-too-many")
+	if got := client.next(); !strings.HasPrefix(got, "HEADERS 7 :status=503") || !strings.Contains(got, "x-envoy-overloaded=true") {
 		t.Errorf("read %q", got)
 	}
 	client.next()
@@ -70,17 +75,17 @@ func TestCallsWaitForAServerThatTakesNoStreams(t *testing.T) {
 	server.reads("SETTINGS ack")
 	server.reads("HEADERS 3 end " + get + "/waits")
 	server.sends("HEADERS 3 end :status=200")
-	client.reads("HEADERS 3 end :status=200")
+	client.reads("HEADERS 5 end :status=200")
 	if n := waiting.Load(); n != 0 {
 		t.Errorf("%d calls wait at the end", n)
 	}
-	for i, want := range []recorded{{reason: flow.RequestTimeout, flags: "UT", status: 504}, {reason: flow.UpstreamOverflow, flags: "UO", status: 503}, {reason: flow.Completed, status: 200}} {
+	for i, want := range []recorded{{reason: flow.DownstreamLeft, flags: "DC"}, {reason: flow.RequestTimeout, flags: "UT", status: 504}, {reason: flow.UpstreamOverflow, flags: "UO", status: 503}, {reason: flow.Completed, status: 200}} {
 		if got := r.records.await(t, i); got.reason != want.reason || got.flags != want.flags || got.status != want.status {
 			t.Errorf("record %d is %+v, want %+v", i, got, want)
 		}
 	}
 	held.check(t, nil)
-	o.listener.SetDeadline(time.Now())
+	o.listener.SetDeadline(time.Now().Add(50 * time.Millisecond)) // one that has passed would end Accept before it takes a connection
 	if _, err := o.listener.Accept(); err == nil {
 		t.Error("another connection was dialled, where the call would wait as well")
 	}

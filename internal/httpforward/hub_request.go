@@ -111,6 +111,7 @@ func (h *hub) decide(c *call) {
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
+		c.limitKept()
 		if p := policyOf(d, c.settings); p != nil {
 			h.trace(c.stream, p, d.operation())
 		}
@@ -349,7 +350,7 @@ func (h *hub) answer(c *call, r *reply, err error) error {
 		text = ""
 	}
 	c.replied, c.reason, c.err = true, r.reason, err
-	c.policy = nil
+	c.policy, c.resp.pace = nil, nil
 	l := &h.down
 	block, at := l.beginBlock()
 	block = c.appendReply(block, l.encoder, r, h.Peers.server(), h.now(), text != "")

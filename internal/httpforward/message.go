@@ -32,8 +32,9 @@ type message struct {
 	body     http1.Body
 	tape     *flow.Body // records the body; nil: not recorded
 
-	pace      *pace  // nil: the rate is not limited
-	nominated []byte // fields that are forbidden in the trailers, such as those that Connection names
+	pace      *pace                  // nil: the rate is not limited
+	nominated []byte                 // fields that are forbidden in the trailers, such as those that Connection names
+	refuses   func(name []byte) bool // others that are; may be nil
 
 	bulk   relay.Mover
 	retain bool // head, kept and in keep everything sent, so that it can be sent again
@@ -52,6 +53,7 @@ func (m *message) start(in *tcp.Buffer, framing http1.Framing, limits http1.Limi
 	m.in = in
 	m.body.Start(framing, limits)
 	m.body.Forbid(m.nominated)
+	m.body.Refuse(m.refuses)
 	m.bulk = relay.Mover{Src: m.src, Dst: m.dst}
 	m.bulk.Expect(m.body.Payload() - int64(m.held()))
 	m.out.Append(m.head)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
 
@@ -93,6 +94,40 @@ func TestRatesAreLimited(t *testing.T) {
 				if record := r.records.await(t, n); record.reason != flow.Completed || record.received != pacedLen || record.sent != pacedLen {
 					t.Errorf("request %d: the record is %+v", n, record)
 				}
+			}
+		})
+	}
+}
+
+// A reply in place of a response arrives at once, whatever the rate of responses is.
+func TestRatesDoNotLimitReplies(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		http2 bool
+	}{{"HTTP/1", false}, {"HTTP/2", true}} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			_, client := served(t, test.http2, echo)
+			o := newOrigin(t)
+			o.listener.Close()
+			r := newRig(t, o.address, test.http2)
+			r.set(func() { r.many, r.router = true, limiting(Decision{RequestRate: 100, ResponseRate: 100}) })
+			request, err := http.NewRequest("GET", "http://"+r.address+"/", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("slow", "yes")
+			client.Timeout = nettest.Patience
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			if got, err := io.ReadAll(response.Body); err != nil || len(got) < 20 || response.StatusCode != 503 {
+				t.Errorf("read %s with %q, %v", response.Status, got, err)
+			}
+			if got := r.records.await(t, 0); got.reason != flow.UpstreamRefused || got.status != 503 {
+				t.Errorf("the record is %+v", got)
 			}
 		})
 	}

@@ -402,11 +402,17 @@ func (p *plane) status(node string) (xds.SyncStatus, error) {
 // await calls condition until it returns nil. It fails the test with the last error when patience ends.
 func await(t *testing.T, condition func() error) {
 	t.Helper()
-	var err error
+	if err := until(condition); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// until calls condition until it returns nil, and returns its last error when patience ends.
+func until(condition func() error) (err error) {
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if err = condition(); err == nil {
-			return
+			return nil
 		}
 	}
-	t.Fatalf("after %v: %v", patience, err)
+	return fmt.Errorf("after %v: %w", patience, err)
 }

@@ -41,11 +41,13 @@ func (c *couple) ask(from int, path string, fields ...string) error {
 	if _, err := io.ReadAll(response.Body); err != nil || response.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s: %s, %v", path, response.Status, err)
 	}
-	for {
-		if now, err := d.metric("pillion_flows_total"); err != nil || now > before {
-			return err
+	return until(func() error {
+		now, err := d.metric("pillion_flows_total")
+		if err == nil && now <= before {
+			err = fmt.Errorf("%s is not counted: pillion_flows_total is still %v", path, now)
 		}
-	}
+		return err
+	})
 }
 
 // awaitLine waits until the output of a pod's agent has a line with the text.

@@ -1,0 +1,58 @@
+package httpforward
+
+import (
+	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+)
+
+// A connection whose server takes no streams holds back no call that another connection to the target can carry. Calls that wait for it
+// move to another that gets a place.
+func TestCallsAvoidAConnectionThatTakesNoStreams(t *testing.T) {
+	o := newOrigin(t)
+	r := newHub(t, o.address, toOrigin(o), plain)
+	client := greetHub(t, r, "")
+	ask := func(client *speaker, id string) { client.sends("HEADERS " + id + " end " + getFields) }
+	accept := func() *speaker {
+		server := acceptHub(t, o, "3=1")
+		server.reads("HEADERS 1 end " + getFields)
+		server.reads("SETTINGS ack")
+		client.sends("PING 12345678") // its limit is known behind that
+		client.reads("PING ack 12345678")
+		return server
+	}
+	set := func(server *speaker, settings string) {
+		server.sends("SETTINGS " + settings)
+		server.reads("SETTINGS ack")
+	}
+	respond := func(server *speaker, upstream, downstream string) {
+		server.sends("HEADERS " + upstream + " end :status=200")
+		client.reads("HEADERS " + downstream + " end :status=200")
+	}
+	ask(client, "1")
+	a := accept()
+	ask(client, "3")
+	b := accept()
+	set(a, "3=0")
+	ask(client, "5") // b is full, but another connection may have a place
+	c := accept()
+	set(b, "3=0")
+	set(c, "3=0")
+	respond(a, "1", "1")
+	ask(client, "7") // waits for a: it carries the fewest
+	ask(client, "9")
+	client.sends("PING 12345678")
+	client.reads("PING ack 12345678")
+	set(c, "3=2")
+	c.reads("HEADERS 3 end " + getFields)
+	respond(c, "1", "5")
+	c.reads("HEADERS 5 end " + getFields)
+	respond(c, "3", "7")
+	respond(c, "5", "9")
+	respond(b, "1", "3")
+	for i := range 5 {
+		if got := r.records.await(t, i); got.reason != flow.Completed || got.status != 200 {
+			t.Errorf("the record is %+v", got)
+		}
+	}
+}
