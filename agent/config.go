@@ -98,7 +98,7 @@ type ControlPlane struct {
 	Kept string        // directory that keeps the last configuration for a restart; empty: it is not kept
 
 	StrictPaths bool // inbound requests whose path servers may read in different ways are rejected
-	Rejudge     bool // an inbound connection of bytes ends at once when a changed policy denies it
+	Rejudge     bool // an inbound connection of bytes, or one of a gateway, ends at once when a changed policy denies it
 }
 
 // DNS configures the resolver.

@@ -30,6 +30,7 @@ func (a *Agent) addGateway(add func(*trafficListener)) error {
 		Peers:    a.plane.peers,
 		Tracing:  a.exporters(),
 		Recorder: a.recorder(),
+		Rejudge:  a.config.ControlPlane.Rejudge,
 	})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bufio"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -284,4 +285,100 @@ func TestRoutesChangePoliciesAndFollowClaims(t *testing.T) {
 		r.Await(t)
 	}
 	c.Close()
+}
+
+// hold sends a request and the beginning of the next one with it, so that the gateway has read that when it has answered. It
+// returns the status of the first one.
+func hold(t *testing.T, conn net.Conn, read *bufio.Reader, host string) int {
+	t.Helper()
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
+	begun := "GET / HTTP/1.1\r\nHost: " + host + "\r\n"
+	servetest.Send(t, conn, begun+"\r\n"+begun)
+	response, err := http.ReadResponse(read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, response.Body); err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode
+}
+
+// What a client says of itself is removed from a request that began while its filter chain was refused, and ends after the
+// push that mends the chain.
+func TestTheEdgeIsThatOfTheEndOfAHead(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header["X-Forwarded-For"], r.Header["X-Envoy-Internal"])
+	})
+	r.listen(edge(0))
+	conn := r.client(t)
+	defer conn.Close()
+	if status, _ := conn.ask(t, "/", ""); status != 200 {
+		t.Fatalf("status %d", status)
+	}
+	refused := edge(0)
+	refused.Refused = true
+	r.listen(refused)
+	if status := hold(t, conn, conn.read, "web"); status == 200 {
+		t.Error("the chain is not refused")
+	}
+	r.listen(edge(0))
+	servetest.Send(t, conn, "X-Forwarded-For: 203.0.113.7\r\nX-Envoy-Internal: true\r\n\r\n")
+	response, err := http.ReadResponse(conn.read, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(response.Body)
+	if want := "[203.0.113.7," + conn.LocalAddr().(*net.TCPAddr).IP.String() + "] []"; string(body) != want {
+		t.Errorf("status %d, and the server sees %q, want %q", response.StatusCode, body, want)
+	}
+}
+
+// A policy that is pushed later ends a connection of bytes that it denies, and no other one.
+func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "9001")
+	r.cluster("tcp", 9001)
+	bytes := func(filters ...mesh.NetworkFilter) *mesh.FilterChain {
+		return &mesh.FilterChain{TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "tcp", Weight: 1}}}, Policies: filters}
+	}
+	r.listen(bytes())
+	conn := r.Dial(t, r.At(port))
+	server := servetest.Take(t, conns)
+	servetest.Send(t, server, "ready")
+	servetest.Expect(t, conn, "ready")
+	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, clients("203.0.113.0/24")).RBAC}))
+	servetest.Send(t, conn, "goes on")
+	servetest.Expect(t, server, "goes on")
+	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, anything).RBAC}))
+	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
+	if got := r.Await(t); got.Reason != flow.PolicyDenied {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
+// A policy that asks a server about connections, and is pushed later, counts for open connections of HTTP: they were not asked
+// about, so they end.
+func TestAServerThatIsAskedLaterEndsConnections(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.serve(t, 82)
+	r.listen(edge(0))
+	conn := r.client(t)
+	defer conn.Close()
+	if status := hold(t, conn, conn.read, "web"); status != 200 {
+		t.Fatalf("status %d", status)
+	}
+	asking := edge(0)
+	asking.Policies = []mesh.NetworkFilter{{Name: "ask", ExtAuthz: &mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "none"}}}}
+	r.listen(asking)
+	servetest.Send(t, conn, "\r\n")
+	response, err := http.ReadResponse(conn.read, nil)
+	if err != nil || response.StatusCode != 404 || !response.Close {
+		t.Errorf("%+v, %v", response, err)
+	}
 }

@@ -33,6 +33,7 @@ type Config struct {
 	Tracing  *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Recorder serve.Recorder     // of access logs, likewise
 	Peers    *peers.Exchange    // of metadata with the proxies of upstreams; nil: never
+	Rejudge  bool               // a connection of bytes ends when a changed policy of Mesh denies it
 }
 
 // Proxy serves the connections of all listeners. Make it with New.
@@ -56,6 +57,7 @@ func New(config Config) (*Proxy, error) {
 		Peers:     config.Peers,
 		Tracing:   config.Tracing,
 		Recorder:  config.Recorder,
+		Rejudge:   config.Rejudge,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)

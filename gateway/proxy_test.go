@@ -49,7 +49,7 @@ func newRig(t *testing.T) *rig {
 	snapshot, _ := (*mesh.Snapshot)(nil).Edit().Snapshot()
 	r.plane.InForce.Store(snapshot)
 	r.Rig = servetest.NewRig(t, servetest.Place{Port: port, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
-		proxy, err := New(Config{Poller: parts.Poller, Flows: parts.Flows, Settings: parts.Settings, HTTP: parts.HTTP, Mesh: r.plane})
+		proxy, err := New(Config{Poller: parts.Poller, Flows: parts.Flows, Settings: parts.Settings, HTTP: parts.HTTP, Mesh: r.plane, Rejudge: true})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -337,33 +337,89 @@ func (f *fixed) start(t *testing.T, port uint16) *servetest.Rig {
 	}}, servetest.Defaults())
 }
 
-// A client that has shown no certificate does not go on where the server asks for one now: its connection drains.
-func TestAServerThatBecomesMutualDrainsItsConnections(t *testing.T) {
-	p := newPushed(t, 443)
-	p.secrets(t)
-	f := &fixed{Store: p.Store}
-	f.snapshot.Store(p.Snapshot())
+// follow starts a gateway with the configuration of p, which the caller changes by itself, and serves a request of a client with
+// a certificate or without one. The client holds the next request.
+func (p *pushed) follow(t *testing.T, f *fixed, name string, c *tls.Certificate) (*servetest.Rig, *tls.Conn) {
+	t.Helper()
+	f.Store = p.Store
+	if f.snapshot.Load() == nil {
+		f.snapshot.Store(p.Snapshot())
+	}
 	r := f.start(t, 443)
 	serveAt(t, r, 9001)
 	p.Rig.Discard()
-	conn := tls.Client(r.Dial(t, r.At(443)), p.partner(shop, nil))
-	if status, _, err := get(conn, shop); status != 200 || err != nil {
-		t.Fatalf("%d, %v", status, err)
+	conn := tls.Client(r.Dial(t, r.At(443)), p.partner(name, c))
+	if status := hold(t, conn, bufio.NewReader(conn), name); status != 200 {
+		t.Fatalf("status %d", status)
 	}
+	r.Await(t)
+	return r, conn
+}
+
+// wantRefused ends the request that the client holds, and checks that it reaches no server and that its connection ends.
+func wantRefused(t *testing.T, r *servetest.Rig, conn *tls.Conn) {
+	t.Helper()
+	servetest.Send(t, conn, "\r\n")
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Await(t); response.StatusCode != 404 || !response.Close || got.Reason != flow.MeshRefused || got.UpstreamEnd.IsValid() {
+		t.Errorf("status %d, close %v; the record is %+v", response.StatusCode, response.Close, got)
+	}
+}
+
+// A client that has shown no certificate does not go on where the server asks for one now: its next request is refused, also
+// one that has begun, and its connection ends.
+func TestAServerThatBecomesMutualDrainsItsConnections(t *testing.T) {
+	p := newPushed(t, 443)
+	p.secrets(t)
+	f := &fixed{}
+	r, conn := p.follow(t, f, shop, nil)
 	f.snapshot.Store(p.changed(func(l *mesh.Listener) {
 		asking := *l.Chains[0].TLS
 		asking.Roots, asking.RequireClient = roots, true
 		l.Chains[0].TLS = &asking
 	}))
 	r.Wake()
-	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: "+shop+"\r\n\r\n"); err == nil {
-		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err == nil && !response.Close {
-			t.Errorf("status %d, and the connection stays", response.StatusCode)
-		}
-	}
+	wantRefused(t, r, conn)
 	if _, _, err := get(tls.Client(r.Dial(t, r.At(443)), p.partner(shop, nil)), shop); err == nil {
 		t.Error("a new client without a certificate is served")
+	}
+}
+
+// A connection whose filter chain is gone, while its listener stays, is refused likewise.
+func TestAServerThatIsRemovedRefusesItsConnections(t *testing.T) {
+	p := newPushed(t, 443)
+	p.secrets(t)
+	f := &fixed{}
+	r, conn := p.follow(t, f, shop, nil)
+	f.snapshot.Store(p.changed(func(l *mesh.Listener) { l.Chains = l.Chains[1:] }))
+	r.Wake()
+	wantRefused(t, r, conn)
+}
+
+// The certificate of a client is shown to servers in another way by a push. Its connection, whose field was made before, ends.
+func TestTheFieldOfAClientsCertificateFollowsPushes(t *testing.T) {
+	p := newPushed(t, 443)
+	p.secrets(t)
+	shows := func(action mesh.ClientCertAction, uri bool) *mesh.Snapshot {
+		return p.changed(func(l *mesh.Listener) {
+			for _, c := range l.Chains {
+				h := &mesh.HTTPManager{}
+				*h = *c.HTTP
+				h.ClientCert, h.ClientCertDetails.URI = action, uri
+				c.HTTP = h
+			}
+		})
+	}
+	for _, before := range []*mesh.Snapshot{shows(mesh.ForwardClientCert, true), shows(mesh.ReplaceClientCert, false)} {
+		f := &fixed{}
+		f.snapshot.Store(before)
+		r, conn := p.follow(t, f, mutual, p.issuer.ECDSA(t, "partner.example"))
+		f.snapshot.Store(shows(mesh.ReplaceClientCert, true))
+		r.Wake()
+		wantRefused(t, r, conn)
 	}
 }
 

@@ -115,7 +115,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsed(flags, &o.controlPlane, parseControlPlane, "control-plane", "", o.controlPlane, "auto|off|address", "address of the istiod that configures the agent, as HOST:PORT; auto: that of the pod's Istio configuration, if it has a root certificate or a token for it; off: none")
 	durationFlag(flags, &config.ControlPlane.Wait, "configuration-wait", "with a control plane, hold connections at most this long for the first configuration, then refuse them; 0s: refuse at once")
 	parsedSwitch(flags, &config.ControlPlane.StrictPaths, "strict-paths", "", "with a control plane, answer inbound requests 400 whose path servers may read in different ways")
-	parsedSwitch(flags, &config.ControlPlane.Rejudge, "rejudge-connections", "", "with a control plane, reset an inbound connection that is not HTTP at once when a changed policy denies it")
+	parsedSwitch(flags, &config.ControlPlane.Rejudge, "rejudge-connections", "", "with a control plane, reset an inbound connection that is not HTTP, or one of a gateway, at once when a changed policy denies it")
 	textFlag(flags, &o.kept, "kept-configuration", "path|off|auto", "directory that keeps the last configuration for a restart; auto: "+memoryVolume+" if it exists")
 	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)

@@ -146,6 +146,7 @@ func (x *exchange) readHead() (*reply, error) {
 		case err != nil:
 			return nil, err
 		}
+		s.retired() // begins to count the time that a retired connection has
 	}
 	answer := x.acceptRequest(limits)
 	return answer, x.gone
@@ -164,6 +165,9 @@ func (x *exchange) malformed(err error) *reply {
 // acceptRequest determines the framing of the request, routes it, and builds its head.
 func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	b := x.s.Read.Bytes()
+	if x.s.Router != nil { // the edge may be another one since the first byte of the head
+		x.settings = x.s.engine.current(x.s.Connection)
+	}
 	if x.settings.edge != nil {
 		var rejected *reply
 		if b, rejected = x.enter(b); rejected != nil {

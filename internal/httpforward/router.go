@@ -41,6 +41,7 @@ type Request struct {
 	Scheme     []byte       // of the request's target; of a target without one, that of the connection
 	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
+	Entered    bool         // an Edge has prepared the request
 
 	// Check is that of the last Decision about this request, with its answer; nil: there was none.
 	Check Check
@@ -166,6 +167,7 @@ func (r *Request) view(record *flow.Record) {
 		Path:       record.HTTP.Path,
 		Authority:  record.HTTP.Authority,
 		Scheme:     schemeOf(record.Connection),
+		Entered:    record.HTTP.Edge,
 	}
 }
 

@@ -1,17 +1,30 @@
 package serve
 
-import "github.com/pillion-proxy/pillion/internal/mesh"
+import (
+	"slices"
+	"time"
 
-// accepted is a connection that a gateway has accepted. It is retired when its listener is removed, when no filter chain is
-// left for it, or when another handshake or another protocol is asked of its client. Until it has ended, it follows the last
-// filter chain that it has met.
+	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/mesh"
+)
+
+// accepted is a connection that a gateway has accepted. It is retired when its listener is removed: for a short time it follows
+// the last filter chain that it has met. It is barred as well when a new connection of its kind would be treated otherwise: no
+// filter chain is left for it, another handshake, another protocol or an answer of a server is asked of its client, or its
+// certificate is shown in another way.
 type accepted struct {
 	role    *Role
 	info    mesh.ConnInfo
 	ended   *mesh.DownstreamTLS // as in governed
+	shown   *mesh.HTTPManager   // likewise
 	http    bool
+	asked   bool           // servers were asked about it, if there are any in its chain
+	subject *authz.Subject // of a connection of bytes
 	seen    *mesh.Snapshot
 	retired bool // by seen
+	barred  bool // likewise
+	denied  bool // likewise, by a policy; of a connection of bytes
+	since   time.Time
 }
 
 func (c *Conn) accepted() accepted {
@@ -19,17 +32,62 @@ func (c *Conn) accepted() accepted {
 	if g.ended != nil {
 		info = c.infoInside()
 	}
-	return accepted{role: c.role, info: info, ended: g.ended, http: g.chain.HTTP != nil, seen: g.snapshot}
+	a := accepted{
+		role: c.role, info: info, ended: g.ended, shown: g.shown, http: g.chain.HTTP != nil, asked: asksAbout(g.chain), seen: g.snapshot,
+	}
+	if !a.http {
+		subject := c.subject()
+		a.subject = &subject
+	}
+	return a
+}
+
+// asksAbout reports whether servers are asked about connections of a chain.
+func asksAbout(chain *mesh.FilterChain) bool {
+	return slices.ContainsFunc(chain.Policies, func(f mesh.NetworkFilter) bool { return f.ExtAuthz != nil && f.ExtAuthz.Restricts() })
 }
 
 // gone looks at the configuration in force, if that is another one than before.
 func (a *accepted) gone() bool {
-	if s := a.role.mesh.Snapshot(); s != a.seen {
-		chain := s.GatewayChain(&a.info)
-		a.seen, a.retired = s, chain == nil || !chain.TLS.Admits(a.ended) || (chain.HTTP != nil) != a.http
+	s := a.role.mesh.Snapshot()
+	if s == a.seen {
+		return a.retired
+	}
+	a.seen, a.denied, a.barred = s, false, false
+	removed := !s.Accepts(a.info.Destination)
+	if !removed {
+		a.barred = a.isBarred(s)
+	}
+	if a.retired = removed || a.barred; !a.retired {
+		a.since = time.Time{}
+	} else if a.since.IsZero() {
+		a.since = time.Now()
 	}
 	return a.retired
 }
+
+func (a *accepted) isBarred(s *mesh.Snapshot) bool {
+	chain := s.GatewayChain(&a.info)
+	switch {
+	case chain == nil, !chain.TLS.Admits(a.ended), (chain.HTTP != nil) != a.http, asksAbout(chain) && !a.asked:
+		return true
+	case a.http:
+		return a.shown != nil && !sameClientCert(a.shown, chain.HTTP) // all else is judged for each request
+	}
+	_, a.denied = authorize(chain.Policies, a.subject)
+	_, refusal := s.Gateway(&a.info)
+	return a.denied || refusal != ""
+}
+
+// deniedByPolicy reports whether a policy of connections in force denies the connection.
+func (a *accepted) deniedByPolicy() bool { return a.gone() && a.denied }
+
+// late reports whether a connection whose listener is removed follows it no longer.
+func (a *accepted) late() bool { return a.gone() && time.Since(a.since) > removalGrace }
+
+// removalGrace is how long requests are still served after their listener was removed: as long as httpforward serves those of a
+// retired connection.
+const removalGrace = time.Second
 
 // Retired implements httpforward.Retirement.
 func (r *routing) Retired() bool { return r.role.gateway && r.accepted.gone() }

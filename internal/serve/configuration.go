@@ -26,7 +26,8 @@ type governed struct {
 	secured  bool                    // TLS with downstream is ended here
 	ended    *mesh.DownstreamTLS     // what that handshake has followed; nil: it is not ended
 	names    []string                // of the client's certificate; see authz.Subject
-	peers    *httpforward.PeerFields // of HTTP inside that TLS
+	peers    *httpforward.PeerFields // of HTTP inside that TLS; nil: the client has shown no certificate
+	shown    *mesh.HTTPManager       // by which peers treats the client's certificate; nil: as peers
 
 	asked        *mesh.FilterChain // whose servers have allowed the connection; may be nil
 	askedSecured bool              // TLS was ended by then

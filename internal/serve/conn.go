@@ -322,6 +322,9 @@ func (c *Conn) relay() {
 	if c.role.gateway {
 		accepted := c.accepted()
 		options.Retired, options.Retirement = accepted.gone, opaqueRetirement
+		if c.role.rejudges {
+			options.Denied = accepted.deniedByPolicy
+		}
 	}
 	hello := c.sniffer.Hello
 	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {

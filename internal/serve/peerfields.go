@@ -103,6 +103,11 @@ func withoutClient(h *mesh.HTTPManager) *httpforward.PeerFields {
 	return treatment(httpforward.RemoveClientCert, h)
 }
 
+// sameClientCert reports whether the certificate of a client is shown in the same way.
+func sameClientCert(a, b *mesh.HTTPManager) bool {
+	return a.ClientCert == b.ClientCert && a.ClientCertDetails == b.ClientCertDetails
+}
+
 // peerFields returns the treatment of the requests of a client: an x-forwarded-client-cert that it sends is kept only if
 // it has a certificate, or if the configuration keeps it in any case (mutateXfccRequestHeader of Envoy).
 func peerFields(h *mesh.HTTPManager, session *secure.Session) (*httpforward.PeerFields, error) {

@@ -93,11 +93,14 @@ func (c *Conn) renew(g *governed) bool {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
 	g.snapshot, g.chain = s, chain
+	if g.shown != nil && (chain.HTTP == nil || !sameClientCert(g.shown, chain.HTTP)) {
+		return c.abandon(flow.MeshRefused, errChangedMode)
+	}
 	c.Record.Ask(c.role.recorded(s, chain))
 	return c.expect(chain)
 }
 
-var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here, or asks more of clients")
+var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here, asks more of clients, or shows their certificates otherwise")
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {

@@ -23,6 +23,7 @@ type rejudge struct {
 	role    *Role
 	info    mesh.ConnInfo
 	secured bool
+	shown   *mesh.HTTPManager // as in governed
 	seen    *mesh.Snapshot    // by the last request
 	judged  *mesh.Snapshot    // the last one that allows the mode of the connection
 	chain   *mesh.FilterChain // that judged has for the connection; nil: none
@@ -67,7 +68,7 @@ func (c *Conn) rejudge() *rejudge {
 	if g.secured {
 		info = c.infoInside()
 	}
-	r := &rejudge{role: c.role, info: info, secured: g.secured, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
+	r := &rejudge{role: c.role, info: info, secured: g.secured, shown: g.shown, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
 	r.gate.follow(g.snapshot, g.chain)
 	return r
 }
@@ -145,6 +146,10 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		return
 	}
 	r.gate.follow(s, chain)
+	if r.shown != nil && chain != nil && chain.HTTP != nil && !sameClientCert(r.shown, chain.HTTP) {
+		r.refusal, r.retired = refusedChain, true
+		return
+	}
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {

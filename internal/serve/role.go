@@ -53,7 +53,7 @@ type Config struct {
 	// Peers exchanges metadata with other proxies where the configuration says so; nil: never.
 	Peers   *peers.Exchange
 	Strict  bool         // paths of requests that servers may read in different ways are rejected
-	Rejudge bool         // an inbound connection of bytes ends when a changed policy denies it
+	Rejudge bool         // a connection of bytes ends when a changed policy denies it
 	Log     *slog.Logger // of keys that cannot be fetched; nil: not logged
 	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 

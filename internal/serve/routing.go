@@ -103,8 +103,12 @@ func (r *routing) judge(s *mesh.Snapshot) {
 // look judges the connection by the snapshot in force, if that is another one. It returns that.
 func (r *routing) look() *mesh.Snapshot {
 	s := r.role.mesh.Snapshot()
-	if s != r.judged && !(r.role.gateway && r.accepted.gone()) {
+	switch {
+	case s == r.judged:
+	case !r.role.gateway || !r.accepted.gone():
 		r.judge(s)
+	case r.accepted.barred: // the manager stays, for the edge
+		r.judged, r.refused = nil, refusedChain
 	}
 	return s
 }
@@ -115,6 +119,10 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	switch {
 	case r.refused != nil:
 		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
+	case r.role.gateway && q.Previous == nil && q.Check == nil && r.accepted.late():
+		return httpforward.Decision{Reply: refusedChain, Tracing: r.traced, Telemetry: r.recorded}
+	case !q.Entered && edgeOf(r.manager) != nil: // it arrived under a configuration that has left its client's fields
+		return httpforward.Decision{Reply: route.Refused, Tracing: r.traced, Telemetry: r.recorded}
 	case r.table == nil:
 		return httpforward.Decision{Target: upstream.Target{Address: r.info.Destination, Balanced: true}}
 	case q.Previous != nil:
@@ -130,7 +138,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 // forward decides about the request that view has set, by its route.
 func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.Decision {
 	if m := r.misdirected; m != nil && m.Match(secure.HostOf(r.request.Authority)) {
-		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced}
+		return httpforward.Decision{Reply: route.Misdirected, Tracing: r.traced, Telemetry: r.recorded}
 	}
 	choice.Fault = r.fault
 	if choice.Cluster == nil {

@@ -74,8 +74,9 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 	if err == nil && c.role.gateway && !strings.EqualFold(session.ServerName, c.Record.TLS().ServerName) {
 		err = errOtherName
 	}
-	if err == nil && g.chain.HTTP != nil {
-		g.peers, err = peerFields(g.chain.HTTP, session)
+	if err == nil && g.chain.HTTP != nil && session.Peer != nil {
+		g.shown = g.chain.HTTP
+		g.peers, err = peerFields(g.shown, session)
 	}
 	if err != nil {
 		return handshakeReason(err), err
