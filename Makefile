@@ -19,9 +19,16 @@ PROSE_COMMENTS  ?= 2
 PROSE_DOCUMENTS ?= 2
 
 # The largest binary that `make size` accepts, in bytes.
-MAX_BINARY ?= 16000000
+MAX_BINARY ?= 15500000
 
-BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+# Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.5 MB.
+COLD := ./cmd/... ./iptables/... ./run \
+	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
+		promtext proxyconfig sandbox scrape terminal xds) \
+	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog net net/http regexp/syntax runtime/pprof \
+	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
+
+BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)" $(COLD:%=-gcflags=%=-l)
 TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
