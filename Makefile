@@ -89,6 +89,10 @@ image image-iptables image-pillionctl:
 	@[ $@ = image-iptables ] || for arch in $(ARCHS); do env -u GOARCH $(GO) tool -modfile=$(TOOLS)/go.mod cyclonedx-gomod bin \
 		-json -std -noserial -version $(VERSION) -output bin/$@-$$arch.cdx.json bin/$$arch/$(PROGRAM); done
 
+.PHONY: program
+program:
+	@$(BUILD) -o $(OUT) ./cmd/pillion
+
 .PHONY: size
 size: build ## build, and fail if bin/pillion is larger than MAX_BINARY bytes
 	@size=$$(stat -c %s bin/pillion); echo "bin/pillion: $$size bytes of at most $(MAX_BINARY)"; [ $$size -le $(MAX_BINARY) ]

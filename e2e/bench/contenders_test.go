@@ -87,7 +87,7 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	if err := os.Chmod(dir, 0o755); err != nil { // the proxies' user must be able to read the files
 		t.Fatal(err)
 	}
-	k.pillion = build(t, dir, "pillion", "../../cmd/pillion")
+	k.pillion = buildPillion(t, dir)
 	pillion := contender{name: namePillion, command: []string{k.pillion, "agent",
 		"--outbound-port", "15001", "--inbound-port", "15006", "--readiness-port", "15021",
 		"--log-level", "warn", "--drain-delay", "0s"}}
@@ -129,7 +129,17 @@ func findHAProxy(t testing.TB, dir string, needed bool) (tcp, splicing, http []c
 
 func (c contender) direct() bool { return c.command == nil }
 
-// build builds a program with the flags of a release and returns its path.
+// buildPillion builds pillion as `make build` does and returns its path.
+func buildPillion(t testing.TB, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "pillion")
+	if out, err := exec.Command("make", "-s", "-C", "../..", "program", "OUT="+path).CombinedOutput(); err != nil {
+		t.Fatalf("building pillion: %v\n%s", err, out)
+	}
+	return path
+}
+
+// build builds another program with the flags of a release and returns its path.
 func build(t testing.TB, dir, name, pkg string) string {
 	t.Helper()
 	path := filepath.Join(dir, name)
