@@ -172,11 +172,6 @@ func readHTTPRBAC(r *httprbac.RBAC) *mesh.RBAC {
 	return &mesh.RBAC{Rules: readRules(r.Rules), Shadow: readRules(r.ShadowRules), ShadowPrefix: r.ShadowRulesStatPrefix}
 }
 
-// restricts reports whether a policy can deny anything. Since it is not carried out, that closes its filter chain.
-func restricts(r *mesh.RBAC) bool {
-	return r.Rules != nil && (r.Rules.Action == mesh.Allow || r.Rules.Action == mesh.Deny && len(r.Rules.Policies) > 0)
-}
-
 func readRules(r *rbac.RBAC) *mesh.Rules {
 	if r == nil {
 		return nil
