@@ -50,7 +50,7 @@ var metricFields = message{"stats.MetricConfig", Cosmetic, []field{
 	1: {"dimensions", decoded},
 	2: {"name", decoded},
 	3: {"tags_to_remove", decoded},
-	4: {"match", ignored}, // not implemented by Istio
+	4: {"match", ignored}, // without effect in Istio as well
 	5: {"drop", decoded},
 }}
 
