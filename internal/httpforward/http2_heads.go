@@ -81,7 +81,7 @@ func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, f
 func (m *heads) appendAdded(block []byte, encoder *http2.Encoder, s *stream, has seen) []byte {
 	add := &s.settings.Fields
 	if add.RequestID && !has.id {
-		block = http2.AppendLiteral(block, "x-request-id", s.newID())
+		block = encoder.AppendLiteral(block, "x-request-id", s.newID())
 	}
 	if add.ForwardedProto && !has.forwardedProto {
 		block = encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})
