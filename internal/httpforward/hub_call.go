@@ -30,6 +30,8 @@ type call struct {
 	decision, previous Decision
 	check              Check             // of the last decision that needed an answer; may be nil
 	asking             bool              // check has no answer yet
+	body               *Collected        // of the last decision that needed the body; may be nil
+	collecting         uint32            // Decision.Collect, of a body that is not collected yet; zero: none
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
 	resends            int               // after refusals of streams that were not processed
@@ -180,7 +182,7 @@ func (c *call) limitKept() {
 
 // keepLimit is how much of the request is kept for another attempt. Until its question is answered, a policy may follow.
 func (c *call) keepLimit() int {
-	if c.asking || c.policy != nil || len(c.decision.Mirrors) > 0 {
+	if c.asking || c.collecting > 0 || c.policy != nil || len(c.decision.Mirrors) > 0 {
 		return maxKept
 	}
 	return keptWithoutPolicy

@@ -258,7 +258,9 @@ func (l *leg) data(h http2.Header, payload []byte) error {
 		return err
 	}
 	l.idleFrames.earn(idleBonus + len(content)/idleBonusBytes)
-	l.h.offer(p, content)
+	if l.h.offer(p, content); p.up {
+		l.h.collected(c)
+	}
 	return nil
 }
 

@@ -96,10 +96,17 @@ func (h *hub) decide(c *call) {
 	if c.retries > 0 {
 		r.Attempt, r.Previous = c.retries, &c.previous
 	}
-	r.Check = c.check
+	r.Check, r.Collected = c.check, c.body
 	c.decision = h.route(r)
 	d := &c.decision
-	if d.Check != nil {
+	switch {
+	case d.Collect > 0 && c.retries > 0: // the policies have changed
+		_ = h.answer(c, &replyUnchecked, errUnchecked)
+		return
+	case d.Collect > 0:
+		h.collect(c, d.Collect)
+		return
+	case d.Check != nil:
 		h.ask(c, d.Check)
 		return
 	}
@@ -229,6 +236,7 @@ func (h *hub) requestTrailers(c *call, end bool, fields []http2.Field, whole boo
 	c.request.ended, c.req.trailers = true, slices.Clone(c.settings.edge.trailers(fields))
 	h.awaitEnd(c)
 	h.pass(&c.req)
+	h.collected(c)
 	return nil
 }
 
