@@ -18,9 +18,10 @@ type heads struct {
 	routed Request     // the router's argument; a field, so that it is not allocated
 	fields blockFields // of routed
 
-	entered   []http2.Field // of a request that the edge has prepared
-	responded blockFields   // of the response that is edited
-	edited    *edited       // nil: no plan was carried out yet
+	entered    []http2.Field // of a request that the edge has prepared
+	addedTexts repeats       // of the fields that it has added
+	responded  blockFields   // of the response that is edited
+	edited     *edited       // nil: no plan was carried out yet
 
 	from string // downstream's address for x-forwarded-for; empty until first used
 }

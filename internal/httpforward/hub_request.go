@@ -70,10 +70,10 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	s.grpc = -1
-	c = &call{stream: s, h: h}
-	s.call = c
-	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true}
-	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow}
+	c = callPool.Get().(*call)
+	c.stream, c.h, s.call = s, h, c
+	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true, queue: c.req.queue}
+	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow, queue: c.resp.queue}
 	h.squeeze(s)
 	accepted = true
 	if valid && s.settings.edge != nil {
@@ -81,7 +81,7 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
-	c.sent.fields = slices.Clone(fields)
+	c.sent.fields = append(c.sent.fields[:0], fields...)
 	if h.Peers.readsRequests() {
 		s.introduced = h.meetFields(&s.record, fields)
 	}
@@ -186,7 +186,7 @@ func (l *leg) send(c *call) {
 	l.next += 2
 	l.joined--
 	c.stopWaiting()
-	l.calls[c.upID] = c
+	l.enter(c)
 	l.idleAt = time.Time{}
 	s.record.Upstream, s.record.UpstreamLocal = l.target.Address, l.conn.LocalAddr()
 	s.record.Security = h.security(l.conn)
