@@ -25,9 +25,7 @@ func countedPath(t *testing.T, flavour string) (variable string, started func() 
 	}
 	for _, program := range entries {
 		script := fmt.Sprintf("#!/bin/sh\necho %[1]s >> %[2]s\nexec %[3]s/%[1]s \"$@\"\n", program.Name(), record, programs)
-		if err := os.WriteFile(filepath.Join(dir, program.Name()), []byte(script), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		nettest.WriteProgram(t, filepath.Join(dir, program.Name()), script)
 	}
 	return "PATH=" + dir, func() []string {
 		text, err := os.ReadFile(record)

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,9 +63,7 @@ func TestTheDemoWorksAsAnOrdinaryUser(t *testing.T) {
 	demo := filepath.Join(dir, "demo")
 	ranges := filepath.Join(dir, "subordinate")
 	for path, text := range map[string]string{demo: string(script), ranges: "nobody:100000:65536\n"} {
-		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		nettest.WriteProgram(t, path, text)
 	}
 	out, err := asNobody(t, ranges, demo)
 	if err != nil || !strings.Contains(out, "pillion cleanup") || !strings.Contains(out, "0 rules left") {
@@ -102,7 +99,8 @@ func TestTheDemoNamesAMissingRangeOfUIDs(t *testing.T) {
 		t.Fatal(err)
 	}
 	demo, ranges := filepath.Join(directory, "demo-without-range"), filepath.Join(directory, "no-range")
-	if err := errors.Join(os.WriteFile(demo, script, 0o755), os.WriteFile(ranges, nil, 0o644)); err != nil {
+	nettest.WriteProgram(t, demo, string(script))
+	if err := os.WriteFile(ranges, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	out, err := asNobody(t, ranges, demo)

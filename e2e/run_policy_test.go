@@ -236,6 +236,17 @@ def option(level, name):
 def program(*words):
     if subprocess.run(words, capture_output=True).returncode != 0:
         raise PermissionError
+def thread(*ids):
+    for id in ids:
+        try:
+            system("ptrace", PTRACE_ATTACH, id, 0, 0)
+        except PermissionError:
+            continue
+        return
+    raise PermissionError
+def dumpable(pid): # proc(5): the files of a process that is not dumpable are root's
+    if os.getuid() == 0 or os.stat(f"/proc/{pid}/stat").st_uid != os.getuid():
+        raise PermissionError
 PTRACE_ATTACH, SO_MARK, IP_TRANSPARENT, CLONE_NEWNET, CLONE_NEWNS = 16, 36, 19, 0x40000000, 0x20000
 for name, attempt in {
     "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
@@ -243,6 +254,8 @@ for name, attempt in {
     "a mark": lambda: option(socket.SOL_SOCKET, SO_MARK),
     "a transparent socket": lambda: option(socket.SOL_IP, IP_TRANSPARENT),
     "a trace of the helper": lambda: system("ptrace", PTRACE_ATTACH, 1, 0, 0),
+    "a trace of the helper's threads": lambda: thread(*map(int, os.listdir("/proc/1/task"))),
+    "a helper that others may trace": lambda: dumpable(1),
     "the helper's files": lambda: os.readlink("/proc/1/fd/3"),
     "its network": lambda: system("setns", os.open("/proc/self/ns/net", os.O_RDONLY), CLONE_NEWNET),
     "a namespace": lambda: system("unshare", CLONE_NEWNS),

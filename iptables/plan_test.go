@@ -31,9 +31,7 @@ func TestMain(m *testing.M) { os.Exit(rulestest.Main(m)) }
 func breakProgram(t *testing.T, dir, name, script string) {
 	t.Helper()
 	os.Remove(filepath.Join(dir, name))
-	if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	nettest.WriteProgram(t, filepath.Join(dir, name), "#!/bin/sh\n"+script+"\n")
 }
 
 // initIn plans and commits in the namespace, and returns the plan that was committed.

@@ -509,12 +509,10 @@ func pillionAs(t *testing.T, ns *nettest.Namespace, wrapper []string, args ...st
 	}
 	program := filepath.Join(publicDir(t), "pillion")
 	content, err := os.ReadFile(self)
-	if err == nil {
-		err = os.WriteFile(program, content, 0o755)
-	}
 	if err != nil {
 		t.Fatal(err)
 	}
+	nettest.WriteProgram(t, program, string(content))
 	words := append(append(slices.Clone(wrapper), program), args...)
 	cmd := ns.Command(0, 0, words[0], words[1:]...)
 	cmd.Env = append(os.Environ(), asPillion+"=1", "GORACE=atexit_sleep_ms=0")

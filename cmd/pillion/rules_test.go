@@ -161,9 +161,7 @@ func TestAMissingPartOfIptablesIsNamedWithTheRemedy(t *testing.T) {
 	ns := nettest.New(t, "pod")
 	shim := func(name, script string) string {
 		dir := publicDir(t)
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		nettest.WriteProgram(t, filepath.Join(dir, name), "#!/bin/sh\n"+script+"\n")
 		return "PATH=" + dir + ":" + os.Getenv("PATH")
 	}
 	readOnlyRun := []string{"unshare", "-m", "sh", "-c", `mount -t tmpfs -o ro none /run && exec "$0" "$@"`}

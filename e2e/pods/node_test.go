@@ -196,9 +196,7 @@ func write(t *testing.T, name, text string) {
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	nettest.WriteProgram(t, name, text)
 }
 
 func childOf(t *testing.T, pid int) int {

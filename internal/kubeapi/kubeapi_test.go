@@ -113,9 +113,7 @@ func TestEachKindOfCredentialReachesTheServer(t *testing.T) {
 	directory := t.TempDir()
 	for name, content := range map[string]string{"cert.pem": string(certificate), "key.pem": string(key), "token": "from-a-file\n",
 		"plugin": "#!/bin/sh\nprintf '{\"status\":{\"token\":\"%s-%s\"}}' \"$1\" \"$EXTRA\"\n"} {
-		if err := os.WriteFile(filepath.Join(directory, name), []byte(content), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		nettest.WriteProgram(t, filepath.Join(directory, name), content)
 	}
 	encoded := base64.StdEncoding.EncodeToString
 	for user, want := range map[string]answer{

@@ -230,7 +230,13 @@ func (h *inside) runCommand() int {
 
 // startCommand starts the command from a thread without capabilities. Threads have capabilities of their own, and a new
 // process has those of the thread that starts it.
+//
+// The helper is not dumpable from here on, so only a process with CAP_SYS_PTRACE may trace it or read its files (ptrace(2),
+// "access mode checking"). The capabilities of its threads do not protect it: the thread above has none, and may be the first.
 func (h *inside) startCommand() (pid int, err error) {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return 0, failed("protecting the helper", err)
+	}
 	done := make(chan struct{})
 	go func() {
 		runtime.LockOSThread() // the thread ends with the goroutine

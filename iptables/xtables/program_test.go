@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
@@ -43,9 +44,7 @@ func TestTheErrorOfAProgramIsOneLineThatNamesTheRule(t *testing.T) {
 			if err := os.WriteFile(complaint, []byte(test.stderr), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(program, []byte("#!/bin/sh\ncat "+complaint+" >&2\nexit 3\n"), 0o755); err != nil {
-				t.Fatal(err)
-			}
+			nettest.WriteProgram(t, program, "#!/bin/sh\ncat "+complaint+" >&2\nexit 3\n")
 			_, err := run(context.Background(), input, program)
 			if err == nil || !strings.HasPrefix(err.Error(), "running iptables-restore: exit status 3") || !strings.Contains(err.Error(), test.want) {
 				t.Fatalf("got error %v, want %q", err, test.want)
