@@ -70,14 +70,18 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	s.grpc = -1
-	c = &call{stream: s, h: h}
+	c = &call{stream: s, h: h, moved: h.now()}
+	h.start(c.quiet())
+	if edge := s.settings.edge; edge != nil && !end {
+		c.arriveEnd = h.start(edge.RequestTimeout)
+	}
 	s.call = c
 	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true}
 	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow}
 	h.squeeze(s)
 	accepted = true
 	if valid && s.settings.edge != nil {
-		fields, accepted = h.enter(s, fields)
+		fields, accepted = h.enter(s, request, fields)
 	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
@@ -144,6 +148,7 @@ func (h *hub) takePlan(c *call) {
 	e := h.takeEdited(c.stream)
 	e.request.GRPC = c.http.GRPC
 	c.limits = limitsOf(c.plan, &e.request)
+	h.start(c.quiet())
 	if c.limits.stream > 0 {
 		c.streamEnd = c.record.Opened.Add(c.limits.stream)
 		h.watch(c.streamEnd)
@@ -197,6 +202,7 @@ func (l *leg) send(c *call) {
 	l.use.Requests++
 	end := c.request.ended && len(c.req.queue) == 0 && c.req.trailers == nil
 	s.sentAt = h.now()
+	c.moved = s.sentAt
 	if l.http1 != nil {
 		if !l.sendHTTP1(c, end) {
 			return
@@ -271,6 +277,7 @@ func (h *hub) forwardResponse(c *call, end bool, fields []http2.Field, response 
 		return http2.MessageError(c.upID, http2.LengthMismatch)
 	}
 	c.policy, c.headEnd = nil, c.tryEnd
+	c.moved = h.now()
 	h.squeeze(c.stream)
 	h.recordResponse(c.stream, response.Status, h.now().Sub(c.sentAt), fields)
 	if c.plan != nil {
