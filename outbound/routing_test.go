@@ -3,6 +3,7 @@ package outbound
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -464,6 +465,19 @@ func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
 			}
 			refused++
 		}
+	}
+}
+
+// A refused connection of TLS is recorded with the server name that the client asked for.
+func TestARefusedConnectionOfTLSHasItsServerName(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "gone", Weight: 1}}})
+	client := tls.Client(r.Dial(t, r.At(81)), &tls.Config{ServerName: "web.shop"})
+	if err := client.Handshake(); err == nil {
+		t.Error("the handshake succeeds")
+	}
+	if ended := r.Await(t); ended.Reason != flow.MeshRefused || ended.Protocol != flow.TLS || ended.ServerName != "web.shop" {
+		t.Errorf("%v %v %q", ended.Reason, ended.Protocol, ended.ServerName)
 	}
 }
 

@@ -336,7 +336,7 @@ func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (
 		}
 	}
 	for i := range e.added {
-		list = append(list, http2.Field{Name: e.added[i].name, Value: string(e.value(&e.added[i]))})
+		list = append(list, http2.Field{Name: e.added[i].name, Value: m.addedTexts.at(i, e.value(&e.added[i]))})
 	}
 	m.entered = list
 	return list, true

@@ -35,7 +35,7 @@ func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, ser
 	add("server", server)
 	add("date", now.UTC().Format(http.TimeFormat))
 	if s.repliesToID() {
-		block = http2.AppendLiteral(block, requestIDField, to.ID)
+		block = encoder.AppendLiteral(block, requestIDField, to.ID)
 	}
 	switch {
 	case to.GRPC:

@@ -237,10 +237,22 @@ func (c *Conn) abandon(reason flow.Reason, err error) bool {
 	if c.sniffer.Up != nil && c.sniffer.Up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
 	}
+	if c.protocol == sniff.TLS {
+		c.Record.Protocol = flow.TLS
+		c.Record.SetTLS(c.hello())
+	}
 	c.sniffer.Abandon(err)
 	c.releaseSniffer()
 	c.Refuse(reason, err)
 	return false
+}
+
+// hello returns what the client of TLS has asked for: of the TLS that has ended here, otherwise of the one that passes.
+func (c *Conn) hello() flow.Hello {
+	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
+		return c.Record.TLS()
+	}
+	return c.sniffer.Hello
 }
 
 // Carry carries the connection to its end: HTTP by the engine, everything else by the relay.
@@ -329,11 +341,7 @@ func (c *Conn) relay() {
 			options.Denied = accepted.deniedByPolicy
 		}
 	}
-	hello := c.sniffer.Hello
-	if c.governed != nil && c.governed.secured || c.role.decryption != nil && c.Record.Security != nil {
-		hello = c.Record.TLS()
-	}
-	c.role.flows.Carry(c.Record, c.protocol.Flow(), hello)
+	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.hello())
 	c.releaseSniffer()
 	end, err := relay.Run(c.w, c.Down, up, options)
 	reason := flow.Reason(end)

@@ -63,10 +63,6 @@ func (c *Conn) Permit() bool {
 		return true
 	}
 	c.Record.Cluster = envoy.BlackHoleCluster
-	if c.protocol == sniff.TLS {
-		c.Record.Protocol = flow.TLS
-		c.Record.SetTLS(c.sniffer.Hello)
-	}
 	return c.abandon(flow.Denied, errors.New(denied))
 }
 

@@ -81,7 +81,27 @@ const happenedFormat = "HAPPENED %TRAFFIC_DIRECTION% %REQ(X-REQUEST-ID)% %RESPON
 // newReader returns a pod of the workload nginx that calls the service reviews, whose two endpoints are in another namespace.
 func newReader(t *testing.T, configs string) (d *pod, far *nettest.Namespace, p *plane) {
 	t.Helper()
-	d, far = newPod(t), nettest.New(t, "far")
+	return newReaderWith(t, happenedFormat, configs)
+}
+
+// newReaderWith is newReader with a format of the agent's access log and further objects of Kubernetes.
+func newReaderWith(t *testing.T, format, configs string, objects ...string) (d *pod, far *nettest.Namespace, p *plane) {
+	t.Helper()
+	d = newPod(t)
+	far = newFar(t, d)
+	serveEcho(t, far, "0.0.0.0:8080")
+	serveEcho(t, far, "198.51.100.200:9080") // of hosts that are not in the mesh
+	p = startPlaneIn(t, d, configs, objects...)
+	d.launch(t, p, "PILLION_ACCESS_LOG=/dev/stdout", "PILLION_ACCESS_LOG_FORMAT="+format)
+	d.awaitReady(t)
+	d.awaitConverged(t, p)
+	return d, far, p
+}
+
+// newFar returns a namespace that is joined to the pod and has the addresses of reviews and of its endpoints.
+func newFar(t *testing.T, d *pod) *nettest.Namespace {
+	t.Helper()
+	far := nettest.New(t, "far")
 	nettest.Join(t, d.Namespace, far)
 	d.MustRun(t, "ip", "address", "add", d.ip+"/32", "dev", "eth0")
 	for _, address := range []string{"203.0.113.6", "203.0.113.7", "198.51.100.200"} {
@@ -89,13 +109,7 @@ func newReader(t *testing.T, configs string) (d *pod, far *nettest.Namespace, p 
 		d.MustRun(t, "ip", "route", "add", address+"/32", "dev", "eth0", "src", d.ip)
 	}
 	far.MustRun(t, "ip", "route", "add", d.ip+"/32", "dev", "eth0", "src", "203.0.113.6")
-	serveEcho(t, far, "0.0.0.0:8080")
-	serveEcho(t, far, "198.51.100.200:9080") // of hosts that are not in the mesh
-	p = startPlaneIn(t, d, configs)
-	d.launch(t, p, "PILLION_ACCESS_LOG=/dev/stdout", "PILLION_ACCESS_LOG_FORMAT="+happenedFormat)
-	d.awaitReady(t)
-	d.awaitConverged(t, p)
-	return d, far, p
+	return far
 }
 
 // serveEcho answers requests with the host and the target that they arrive with, and those of paths ending in /fails with 503.

@@ -96,11 +96,18 @@ type ingress struct {
 	agent         *nettest.Process // of the gateway
 }
 
-func newIngress(t *testing.T, configs string, objects ...string) *ingress {
+// newGatewayPod returns the gateway's pod. Clients from outside are in its namespace.
+func newGatewayPod(t *testing.T) *pod {
 	t.Helper()
 	g := newPodWithoutRules(t, workload{pod: gatewayPod, ip: "203.0.113.250", account: "ingress", name: "istio-ingressgateway", app: "istio-ingressgateway"})
 	g.command = []string{"proxy", "router", "--domain", "default.svc.cluster.local", "--proxyLogLevel=warning", "--log_output_level=default:info"}
 	g.AddAddress(t, "lo", netip.MustParsePrefix(outside+"/32"))
+	return g
+}
+
+func newIngress(t *testing.T, configs string, objects ...string) *ingress {
+	t.Helper()
+	g := newGatewayPod(t)
 	b := newPodOf(t, nginx())
 	nettest.Join(t, g.Namespace, b.Namespace)
 	for d, far := range map[*pod]string{g: b.ip, b: g.ip} {

@@ -86,6 +86,7 @@ type Ended struct {
 	Attempts                                               uint8
 	Cluster, Route, Flags                                  string
 	Details                                                string // of a request
+	ServerName                                             string
 }
 
 // Closed implements flow.Sink.
@@ -100,7 +101,7 @@ func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, record.Cluster, record.Route, record.Flags(), details,
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(),
 	}
 }
 

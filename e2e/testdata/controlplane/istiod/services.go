@@ -119,8 +119,8 @@ var http2Options = &upstreams.HttpProtocolOptions{UpstreamProtocolOptions: &upst
 	},
 }}
 
-// inboundManager passes all requests to the workload.
-func inboundManager() *listener.Filter {
+// inboundManager passes all requests to the workload that the filters let pass.
+func inboundManager(filters ...*hcm.HttpFilter) *listener.Filter {
 	routes := &route.RouteConfiguration{Name: "inbound", VirtualHosts: []*route.VirtualHost{{
 		Name: "inbound|http|0", Domains: []string{"*"},
 		Routes: []*route.Route{{
@@ -133,7 +133,7 @@ func inboundManager() *listener.Filter {
 	return &listener.Filter{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(
 		&hcm.HttpConnectionManager{
 			StatPrefix: "inbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
-			HttpFilters: []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+			HttpFilters: append(filters, &hcm.HttpFilter{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}),
 		},
 	)}}
 }
