@@ -219,7 +219,7 @@ func TestARetiredExporterKeepsNoConnection(t *testing.T) {
 	receive(t, s.closed)
 }
 
-// What finds the queue full is logged once for each time that this lasts.
+// Items that find the queue full are logged once for each time that this lasts.
 func TestLossesAreLogged(t *testing.T) {
 	s := newSink()
 	e, _, l := start(t, s, time.Millisecond)
