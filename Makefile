@@ -158,8 +158,8 @@ bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain 
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility
-hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 6 minutes
-	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Hostility -benchtime 1x ./e2e/hostility
+hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 15 minutes
+	$(GO) test -buildvcs=false -count=1 -timeout 30m -run '^$$' -bench Hostility -benchtime 1x ./e2e/hostility
 
 .PHONY: lint
 lint: ## formatting, vet, module files, shell syntax, plain English
