@@ -65,7 +65,7 @@ var arrows = []struct {
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "scraped metrics are parsed, merged and written"},
-	{"internal/accesslog", []string{"internal/cel", "internal/envoy", "internal/export", "internal/flow", "internal/mesh", "internal/wire"}, "a line prints a record; a control plane configures formats, as protobuf, filters, as expressions, and services that get records"},
+	{"internal/accesslog", []string{"internal/cel", "internal/envoy", "internal/export", "internal/flow", "internal/match", "internal/mesh", "internal/wire"}, "a line prints a record; a control plane configures formats, as protobuf, filters, as expressions, and services that get records"},
 	{"internal/cel", []string{"internal/envoy", "internal/flow"}, "expressions judge records; response flags have Envoy's numbers"},
 	{"internal/admin", []string{"internal/configdump", "internal/envoy", "internal/flow", "internal/ownport", "internal/promtext"},
 		"metrics are written; open connections come from the table; resources of a control plane are printed from their bytes; local clients are recognised in one place; the rest are values"},
