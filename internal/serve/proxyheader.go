@@ -164,7 +164,13 @@ func parseProxyLine(words []string) (client netip.AddrPort, err error) {
 
 // parseProxyAddress reads the source in the addresses of version 2.
 func parseProxyAddress(family byte, b []byte) (netip.AddrPort, error) {
-	size := map[byte]int{0x11: 4, 0x21: 16}[family] // TCP over IPv4, and over IPv6
+	size := 0
+	switch family {
+	case 0x11: // TCP over IPv4
+		size = 4
+	case 0x21: // TCP over IPv6
+		size = 16
+	}
 	if size == 0 || len(b) < 2*size+4 {
 		return netip.AddrPort{}, errBadProxyHeader
 	}
