@@ -153,7 +153,7 @@ mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no te
 	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
 
 .PHONY: bench
-bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
+bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 7 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility

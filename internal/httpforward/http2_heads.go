@@ -56,9 +56,19 @@ func (m *heads) appendFields(block []byte, encoder *http2.Encoder, fields []http
 	return block
 }
 
+// changes reports whether a request is sent with other fields than those it has.
+func (m *heads) changes(s *stream, has seen) bool {
+	add := &s.settings.Fields
+	return m.Peers != nil || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
+		add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor
+}
+
+// edits reports whether the head of a request is edited.
+func (m *heads) edits(s *stream) bool { return editsRequest(s.plan) || s.normalized || len(s.edits) > 0 }
+
 // appendRequest appends the header block of a request as it is sent upstream, with the added fields.
 func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field, has seen) []byte {
-	peers, edits := m.Peers, editsRequest(s.plan) || s.normalized || len(s.edits) > 0
+	peers, edits := m.Peers, m.edits(s)
 	if edits {
 		block = m.appendEditedRequest(block, encoder, s, fields, has)
 	} else if t := s.http.Trace; t != nil {
