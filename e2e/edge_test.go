@@ -276,7 +276,7 @@ func TestGatewaysAreReplacedWithoutLosingARequest(t *testing.T) {
 		nettest.Eventually(t, "requests while the service does not follow yet", func() bool { return served.Load() >= before+100 })
 		route(i+1, i+2)
 		if code := gateways[i].ends(t, nettest.Patience); code != 0 {
-			t.Errorf("exit code %d\n%s", code, gateways[i].log)
+			t.Errorf("%v\n%s", gateways[i].Cmd.ProcessState, gateways[i].log)
 		}
 	}
 	wanted := uint64(10_000)
@@ -416,7 +416,7 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	}
 }
 
-// The client is the one that the PROXY protocol names, behind curl's header as well. Without a header nothing is served.
+// The client is the one that the PROXY protocol names, behind curl's header as well. A connection without a header is reset.
 func TestGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
 	t.Parallel()
 	e := newEdge(t)
