@@ -22,10 +22,11 @@ PROSE_DOCUMENTS ?= 2
 MAX_BINARY ?= 15500000
 
 # Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.5 MB.
-COLD := ./cmd/... ./iptables/... ./run \
+COLD := ./agent ./cmd/... ./iptables/... ./run \
 	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
 		promtext proxyconfig sandbox scrape terminal xds) \
-	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog math/big mime net net/http net/textproto net/url \
+	archive/tar compress/flate crypto/ecdsa crypto/ed25519 crypto/elliptic crypto/rsa crypto/x509 encoding/asn1 encoding/hex \
+	encoding/json encoding/pem fmt html log/slog math/big mime net net/http net/textproto net/url \
 	reflect regexp/syntax runtime/pprof text/... \
 	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
 
