@@ -265,8 +265,11 @@ func isFailure(err error, failure secure.Failure) bool {
 func (c *Conn) rejectTLS(reason flow.Reason, err error) bool {
 	c.sniffer.Abandon(err)
 	c.releaseSniffer()
-	c.Down.Close()
 	c.Record.Close(c.role.flows, reason, err)
+	if reason == flow.MemoryBudget {
+		c.role.engine.Detain(c.w, c.Down)
+	}
+	c.Down.Close()
 	return false
 }
 
