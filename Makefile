@@ -26,7 +26,8 @@ MAX_BINARY ?= 15500000
 COLD := ./cmd/... ./iptables/... ./run \
 	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
 		promtext proxyconfig sandbox scrape terminal xds) \
-	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog net net/http regexp/syntax runtime/pprof \
+	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog math/big mime net net/http net/textproto net/url \
+	reflect regexp/syntax runtime/pprof text/... \
 	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
 
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)" $(COLD:%=-gcflags=%=-l)

@@ -64,7 +64,10 @@ func (e *edge) write(t testing.TB, name, text string) {
 // certify writes NAME.pem, a certificate for hosts and its key, and returns its serial number.
 func (e *edge) certify(t testing.TB, name string, hosts ...string) string {
 	t.Helper()
-	leaf := e.root.Leaf(t, "", func(c *x509.Certificate) { c.URIs, c.DNSNames = nil, hosts })
+	leaf := e.root.Leaf(t, "", func(c *x509.Certificate) {
+		c.URIs, c.DNSNames = nil, hosts
+		c.IPAddresses = []net.IP{nettest.PodIP4.AsSlice()} // for programs that verify the address that they connect to
+	})
 	key, err := x509.MarshalPKCS8PrivateKey(leaf.PrivateKey)
 	if err != nil {
 		t.Fatal(err)

@@ -158,8 +158,7 @@ func (s *soak) repeat(t *testing.T, kind string, run func(seed uint64, n int64) 
 	})
 }
 
-// least returns how often the kind of traffic of which there was least has succeeded, without the programs, which do many exchanges in
-// one run.
+// least returns the smallest number of successes of a kind of traffic. Programs do not count: each of their runs has many exchanges.
 func (s *soak) least() int64 {
 	n := s.done[0].Load()
 	for i := range s.kinds[:len(s.kinds)-2] {
@@ -168,7 +167,7 @@ func (s *soak) least() int64 {
 	return n
 }
 
-// exchangeContent sends one of the requests that serveContent knows.
+// exchangeContent sends a request for serveContent and verifies the response.
 func exchangeContent(client *http.Client, path string, seed uint64, n int64) error {
 	verb := []string{"down", "up", "echo"}[seed/64%3]
 	method, body := "POST", content(seed, n)
@@ -229,7 +228,7 @@ func (s *soak) connection(seed uint64, n int64) error {
 	return <-sent
 }
 
-// program runs a client of testdata/peers, which verifies what it receives.
+// program runs a client of testdata/peers. They verify what they receive.
 func (s *soak) program(name string, arguments ...string) error {
 	out, err := s.pod.Run(s.pod.Command(workloadUID, workloadUID, name, arguments...))
 	if err != nil {
@@ -241,7 +240,7 @@ func (s *soak) program(name string, arguments ...string) error {
 // changeEvery is the time between two pushes.
 const changeEvery = 20 * time.Millisecond
 
-// change pushes other endpoints, weights and routes, so many times. Of each cluster at least one endpoint stays.
+// change pushes other endpoints, weights and routes. Of each cluster at least one endpoint stays.
 func (s *soak) change(t *testing.T, times int) {
 	all := make([][]endpoint, len(s.Clusters))
 	for i := range s.Clusters {

@@ -394,3 +394,44 @@ func TestTLSAtAListenerForHTTPIsRefused(t *testing.T) {
 	servetest.Send(t, conn, "\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00")
 	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
 }
+
+// Clients of each version of HTTP reach servers of the other one.
+func TestEachVersionOfHTTPReachesTheOther(t *testing.T) {
+	r := newRig(t)
+	listener := r.Pod.Listen(t, "tcp4", r.At(9001).String())
+	server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		w.Header().Set("Trailer", "Length")
+		body, _ := io.ReadAll(q.Body)
+		fmt.Fprintf(w, "%s %s %s", q.Proto, q.Host, body)
+		w.(http.Flusher).Flush() // a length would leave HTTP/1 no place for trailers
+		w.Header().Set("Length", fmt.Sprint(len(body)))
+	})}
+	server.Protocols.SetHTTP1(true)
+	server.Protocols.SetUnencryptedHTTP2(true)
+	served := make(chan struct{})
+	go func() { defer close(served); server.Serve(listener) }()
+	t.Cleanup(func() { server.Close(); <-served })
+	r.listen(manager())
+	for protocol, want := range map[mesh.UpstreamProtocol]string{mesh.UpstreamHTTP1: "HTTP/1.1 a sent", mesh.UpstreamHTTP2: "HTTP/2.0 a sent"} {
+		r.cluster("one", 9001)
+		cluster := *r.plane.InForce.Load().Cluster("one")
+		cluster.HTTP.Protocol = protocol
+		r.push(func(e *mesh.Edit) { e.SetCluster("one", &cluster) })
+		r.route(host("a", "one"))
+		for _, http2 := range []bool{false, true} {
+			transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(port)) }}
+			transport.Protocols.SetHTTP1(!http2)
+			transport.Protocols.SetUnencryptedHTTP2(http2)
+			response, err := (&http.Client{Transport: transport, Timeout: nettest.Patience}).Post("http://a/", "text/plain", strings.NewReader("sent"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(response.Body)
+			response.Body.Close()
+			if err != nil || string(body) != want || response.Trailer.Get("Length") != "4" || (response.ProtoMajor == 2) != http2 {
+				t.Errorf("HTTP/2 %v: %s, %q, %v, trailers %v; want %q", http2, response.Proto, body, err, response.Trailer, want)
+			}
+			transport.CloseIdleConnections()
+		}
+	}
+}

@@ -60,7 +60,7 @@ const (
 	nameUnrouted      = "unrouted"        // pillion without a control plane
 )
 
-var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent, nameUntraced, nameUnrouted, nameGenerated}
+var columns = []string{namePillion, nameHAProxy, nameHAProxySplice, nameReverseProxy, namePlain, nameDirect, nameSilent, nameUntraced, nameUnrouted, namePermissive, nameGenerated}
 
 var (
 	//go:embed testdata/haproxy-tcp.cfg

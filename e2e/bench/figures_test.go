@@ -68,6 +68,7 @@ var figures = []struct {
 	{"tls-connections", measureTLSConnections},
 	{"tls-bulk", measureTLSBulk},
 	{"tls-idle", measureTLSIdle},
+	{"policies", measurePolicies},
 	{"routes", measureRoutes},
 	{"routes-http2", measureRoutesHTTP2},
 	{"routes-tls", measureRoutesTLS},

@@ -48,6 +48,7 @@ type Request struct {
 	Body                     []byte        // as much of it as the server may see
 	Size                     int64         // of the whole body; -1: not known
 	Partial                  bool          // Body is not the whole body
+	Raw                      bool          // Body is sent as bytes
 }
 
 // Answer is what becomes of a connection or a request.

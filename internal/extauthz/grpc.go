@@ -94,10 +94,11 @@ func httpAttributes(e *mesh.ExtAuthz, r *Request) []byte {
 	}
 	b = wire.AppendVarint(b, 9, uint64(r.Size))
 	b = wire.AppendString(b, 10, r.Protocol)
-	if e.Body != nil && e.Body.Raw {
-		return wire.AppendBytes(b, 12, r.Body)
-	}
-	if len(r.Body) > 0 {
+	switch {
+	case len(r.Body) == 0:
+	case r.Raw:
+		b = wire.AppendBytes(b, 12, r.Body)
+	default:
 		b = wire.AppendString(b, 11, text(string(r.Body)))
 	}
 	return b
@@ -109,7 +110,7 @@ func sentFields(e *mesh.ExtAuthz, r *Request) []route.Field {
 	all := append([]route.Field{
 		{Name: ":authority", Value: r.Host}, {Name: ":path", Value: r.Path}, {Name: ":method", Value: r.Method}, {Name: ":scheme", Value: r.Scheme},
 	}, r.Fields...)
-	if e.Body != nil {
+	if len(r.Body) > 0 {
 		partial := "false"
 		if r.Partial {
 			partial = "true"

@@ -118,6 +118,9 @@ func NewEncoder() *Encoder {
 // NewCollector returns an Encoder that keeps the fields in the place of encoding them, for a head that is sent in another form.
 func NewCollector() *Encoder { return new(Encoder) }
 
+// Collects reports whether the encoder is a collector.
+func (e *Encoder) Collects() bool { return e.hpack == nil }
+
 // Collected returns the fields that a collector has kept since Forget.
 func (e *Encoder) Collected() []Field { return e.fields }
 
@@ -145,7 +148,7 @@ func (e *Encoder) SetTableSize(smallest, n uint32) {
 
 // AppendField appends one field of a block to dst.
 func (e *Encoder) AppendField(dst []byte, f Field) []byte {
-	if e.hpack == nil {
+	if e.Collects() {
 		e.fields = append(e.fields, f)
 		return dst
 	}
@@ -163,11 +166,15 @@ func (e *Encoder) Write(p []byte) (int, error) {
 
 // AppendLiteral appends a field that will not repeat, without adding it to the table (RFC 7541 §6.2.2). It must not be
 // the first field of a block, because only AppendField emits a pending table size update.
-func AppendLiteral(dst []byte, name string, value []byte) []byte {
+func (e *Encoder) AppendLiteral(dst []byte, name string, value []byte) []byte {
+	if e.Collects() {
+		e.fields = append(e.fields, Field{Name: name, Value: string(value)})
+		return dst
+	}
 	return append(AppendLiteralName(dst, name, len(value)), value...)
 }
 
-// AppendLiteralName is AppendLiteral without the value: the caller appends exactly length bytes.
+// AppendLiteralName is AppendLiteral without the value, for a header block: the caller appends exactly length bytes.
 func AppendLiteralName(dst []byte, name string, length int) []byte {
 	dst = append(dst, 0)
 	dst = append(appendLength(dst, len(name)), name...)

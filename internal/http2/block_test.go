@@ -37,7 +37,7 @@ func TestLiteralsStandInNoTable(t *testing.T) {
 	for _, n := range []int{0, 1, 126, 127, 128, 254, 255, 1000, 20000} {
 		value := strings.Repeat("v", n)
 		block := encoder.AppendField(nil, Field{Name: "a", Value: "b"})
-		block = AppendLiteral(block, "id", []byte(value))
+		block = encoder.AppendLiteral(block, "id", []byte(value))
 		block = encoder.AppendField(block, Field{Name: "a", Value: "b"})
 		fields, _, err := decoder.Decode(block)
 		if err != nil || len(fields) != 3 || fields[1].Name != "id" || fields[1].Value != value || fields[2].Value != "b" {

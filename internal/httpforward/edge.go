@@ -257,7 +257,7 @@ func (m *heads) enter(s *stream, fields []http2.Field) (prepared []http2.Field, 
 		}
 	}
 	for i := range e.added {
-		list = append(list, http2.Field{Name: e.added[i].name, Value: string(e.value(&e.added[i]))})
+		list = append(list, http2.Field{Name: e.added[i].name, Value: m.addedTexts.at(i, e.value(&e.added[i]))})
 	}
 	m.entered = list
 	return list, true

@@ -27,6 +27,7 @@ type exchange struct {
 	decision Decision         // of the router
 	previous Decision         // of the attempt before
 	check    Check            // of the last decision that needed an answer; nil: none did
+	body     *Collected       // of the last decision that needed the body; nil: none did
 	gone     error            // why downstream is gone, or the exchange over, before the request was decided about
 	entered  []byte           // the head of the request as the edge has prepared it; valid with arrived
 	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
@@ -123,7 +124,7 @@ func (x *exchange) release() {
 		x.entered = nil
 	}
 	x.wanted = nil
-	x.check, x.gone = nil, nil
+	x.check, x.body, x.gone = nil, nil, nil
 	x.s, x.settings = nil, nil
 	x.progress = progress{}
 	exchanges.Put(x)

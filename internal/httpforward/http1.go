@@ -180,6 +180,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		return x.malformed(faultOf(err, &x.requestHead, b))
 	}
 	routed := x.route(b)
+	if x.request.bad != nil { // of a body that was collected
+		x.gone = nil
+		return x.malformed(x.request.bad)
+	}
 	if x.gone != nil {
 		return nil
 	}
@@ -230,7 +234,7 @@ func (x *exchange) routeBy(b []byte) bool {
 	s := x.s
 	x.decision = s.Router.Route(x.view(b))
 	d := &x.decision
-	if d.Check != nil {
+	if d.waits() {
 		if b = x.resolve(); b == nil {
 			return false
 		}
@@ -257,19 +261,25 @@ func (x *exchange) routeBy(b []byte) bool {
 	return true
 }
 
-// resolve waits for the answers that a decision needs, and decides. It returns the bytes of the request, at their present place,
+// resolve waits for the answers and the body that a decision needs, and decides. It returns the bytes of the request, at their present place,
 // or nil if the exchange is over; the reason is in gone.
 //
 //go:noinline
 func (x *exchange) resolve() []byte {
-	for x.decision.Check != nil {
-		x.check = x.decision.Check
-		if x.gone = x.await(x.check); x.gone != nil {
-			x.check.Cancel()
+	for x.decision.waits() {
+		if wanted := x.decision.Collect; wanted > 0 {
+			x.gone = x.collect(wanted)
+		} else {
+			x.check = x.decision.Check
+			if x.gone = x.await(x.check); x.gone != nil {
+				x.check.Cancel()
+			}
+		}
+		if x.gone != nil {
 			return nil
 		}
 		r := x.view(x.head())
-		r.Check = x.check
+		r.Check, r.Collected = x.check, x.body
 		x.decision = x.s.Router.Route(r)
 	}
 	return x.head()
@@ -734,6 +744,8 @@ func (x *exchange) stopped(err error) ending {
 		return x.close(flow.DrainDeadline, nil, cut)
 	case errors.Is(err, tcp.ErrInterrupted):
 		return x.evicted()
+	case errors.Is(err, tcp.ErrDeadline): // of a body that is collected
+		return x.close(flow.IdleTimeout, nil, cut)
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOMEM):
 		return x.close(flow.NoDescriptors, err, cut) // the wait failed, not the connection
 	}

@@ -121,13 +121,15 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	x.began = time.Now()
 	x.previous = x.decision
 	x.view(x.kept)
-	x.routed.Attempt, x.routed.Previous, x.routed.Check = x.retries, &x.previous, x.check
+	x.routed.Attempt, x.routed.Previous, x.routed.Check, x.routed.Collected = x.retries, &x.previous, x.check, x.body
 	x.decision = s.route(&x.routed)
 	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
 	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made
 	switch {
-	case x.decision.Check != nil: // the policies have changed
-		x.decision.Check.Cancel()
+	case x.decision.waits(): // the policies have changed
+		if x.decision.Check != nil {
+			x.decision.Check.Cancel()
+		}
 		return x.refuse(replyUnchecked, errUnchecked), true
 	case x.decision.Reply != nil:
 		return x.replyHere(x.decision.Reply), true

@@ -14,7 +14,8 @@ type undecided struct {
 	request http2.Request
 	fields  []http2.Field
 	seen    seen
-	check   Check // that the decision waits for; nil: none yet
+	check   Check      // that the decision waits for; nil: none yet
+	body    *Collected // nil: it was not needed
 }
 
 // suspend keeps a request until a question about it is answered. Streams have to be opened upstream in the order of their

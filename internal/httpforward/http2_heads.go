@@ -18,9 +18,10 @@ type heads struct {
 	routed Request     // the router's argument; a field, so that it is not allocated
 	fields blockFields // of routed
 
-	entered   []http2.Field // of a request that the edge has prepared
-	responded blockFields   // of the response that is edited
-	edited    *edited       // nil: no plan was carried out yet
+	entered    []http2.Field // of a request that the edge has prepared
+	addedTexts repeats       // of the fields that it has added
+	responded  blockFields   // of the response that is edited
+	edited     *edited       // nil: no plan was carried out yet
 
 	from string // downstream's address for x-forwarded-for; empty until first used
 }
@@ -81,7 +82,7 @@ func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, f
 func (m *heads) appendAdded(block []byte, encoder *http2.Encoder, s *stream, has seen) []byte {
 	add := &s.settings.Fields
 	if add.RequestID && !has.id {
-		block = http2.AppendLiteral(block, "x-request-id", s.newID())
+		block = encoder.AppendLiteral(block, "x-request-id", s.newID())
 	}
 	if add.ForwardedProto && !has.forwardedProto {
 		block = encoder.AppendField(block, http2.Field{Name: "x-forwarded-proto", Value: "http"})

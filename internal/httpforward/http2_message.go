@@ -80,8 +80,11 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 func (m *multiplex) decide(u *undecided) error {
 	s, fields := u.s, u.fields
 	r := m.view(s, &u.request, fields)
-	r.Check = u.check
+	r.Check, r.Collected = u.check, u.body
 	decision := m.route(r)
+	if decision.Collect > 0 {
+		return m.collect(u, decision.Collect)
+	}
 	if decision.Check != nil {
 		m.suspend(u, decision.Check)
 		return nil

@@ -102,7 +102,7 @@ func (e *edited) appendBlock(block []byte, encoder *http2.Encoder) []byte {
 	}
 	for i := range e.added {
 		if a := &e.added[i]; !a.gone {
-			block = http2.AppendLiteral(block, a.name, e.value(a))
+			block = encoder.AppendLiteral(block, a.name, e.value(a))
 		}
 	}
 	return block

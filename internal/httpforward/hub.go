@@ -34,6 +34,8 @@ type hub struct {
 	times
 	drainState
 
+	translated translation // of responses over HTTP/1
+
 	asking   []*call     // wait for the answer to a question about them; some may have ended
 	answered atomic.Bool // there is an answer to one of the questions
 

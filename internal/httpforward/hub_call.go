@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -29,6 +30,8 @@ type call struct {
 	decision, previous Decision
 	check              Check             // of the last decision that needed an answer; may be nil
 	asking             bool              // check has no answer yet
+	body               *Collected        // of the last decision that needed the body; may be nil
+	collecting         uint32            // Decision.Collect, of a body that is not collected yet; zero: none
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
 	resends            int               // after refusals of streams that were not processed
@@ -37,7 +40,29 @@ type call struct {
 	headEnd  time.Time // the end of Settings.RequestTimeout
 	replied  bool      // the response is made here
 	closed   bool      // it has left the table
+	referred bool      // lists may still refer to it when it is closed
 }
+
+// callPool keeps the memory of calls for others.
+var callPool = sync.Pool{New: func() any { return new(call) }}
+
+// recycle gives the call back, after its record has closed. Calls that lists may refer to are left to the garbage collector.
+func (c *call) recycle() {
+	if c.referred {
+		return
+	}
+	fields, up, down := c.sent.fields, c.req.queue, c.resp.queue
+	clear(fields)
+	if cap(fields) > keptFields {
+		fields = nil
+	}
+	*c = call{}
+	c.sent.fields, c.req.queue, c.resp.queue = fields[:0], up[:0], down[:0]
+	callPool.Put(c)
+}
+
+// keptFields is how many fields a call or a connection keeps room for.
+const keptFields = 64
 
 // requestHead is the head of a request, for the attempts that follow the first.
 type requestHead struct {
@@ -66,7 +91,7 @@ type pipe struct {
 
 	trailers []http2.Field
 	done     bool // the end is passed on
-	blocked  bool // the pipe is in the receiver's list
+	blocked  *leg // the receiver in whose list the pipe is; nil: in none
 }
 
 const (
@@ -157,7 +182,7 @@ func (c *call) limitKept() {
 
 // keepLimit is how much of the request is kept for another attempt. Until its question is answered, a policy may follow.
 func (c *call) keepLimit() int {
-	if c.asking || c.policy != nil || len(c.decision.Mirrors) > 0 {
+	if c.asking || c.collecting > 0 || c.policy != nil || len(c.decision.Mirrors) > 0 {
 		return maxKept
 	}
 	return keptWithoutPolicy
@@ -344,12 +369,12 @@ func (h *hub) detach(c *call) {
 		c.stopWaiting()
 		return
 	}
-	delete(l.calls, c.upID)
+	l.leave(c)
 	c.upID = 0
 	if l.http1 != nil {
 		l.freeHTTP1(c)
 	}
-	if len(l.calls) == 0 {
+	if l.open == 0 {
 		l.idleAt = h.now()
 		h.watch(l.idleAt.Add(l.idleLife()))
 	}

@@ -58,7 +58,8 @@ type endedStream struct {
 // legUp is the state of a leg to an upstream.
 type legUp struct {
 	target  upstream.Target
-	calls   map[uint32]*call // open, by the numbers of this connection
+	calls   map[uint32]*call // open, by the numbers of this connection; nil on a leg of HTTP/1
+	open    int              // calls that are open
 	next    uint32           // number of the next stream
 	limit   uint32           // streams that may be open at once
 	waiting []*call          // for the connection, or for a place on it
@@ -192,7 +193,10 @@ func (l *leg) reserve(n int) {
 func (l *leg) closeWritten() {
 	done := 0
 	for done < len(l.ended) && l.ended[done].at <= l.written {
-		l.h.closeStream(l.ended[done].s, nil)
+		s := l.ended[done].s
+		c := s.call
+		l.h.closeStream(s, nil)
+		c.recycle()
 		done++
 	}
 	l.ended = append(l.ended[:0], l.ended[done:]...)
@@ -338,17 +342,17 @@ func (l *leg) unblock() {
 	waited := l.blocked
 	l.blocked = nil
 	for _, p := range waited {
-		p.blocked = false
-		if p.c != nil {
-			p.c.h.pass(p)
+		if p.blocked == l { // otherwise it waits for another connection by now
+			p.blocked = nil
+			l.h.pass(p)
 		}
 	}
 }
 
 // block notes that a pipe waits for room or for credit of the connection.
 func (l *leg) wait(p *pipe) {
-	if !p.blocked {
-		p.blocked = true
+	if p.blocked != l {
+		p.blocked, p.c.referred = l, true
 		l.blocked = append(l.blocked, p)
 	}
 }
@@ -387,7 +391,7 @@ func (l *leg) close() {
 			l.h.engine.config.Pool.GiveUsed(l.target, l.conn, l.use)
 		} else if l.http1 != nil && l.http1.broken {
 			l.conn.Reset()
-		} else if len(l.calls) == 0 || l.readErr == io.EOF {
+		} else if l.open == 0 || l.readErr == io.EOF {
 			l.conn.Close()
 		} else {
 			l.conn.Reset()

@@ -70,10 +70,10 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	s.response = body{declared: -1}
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	s.grpc = -1
-	c = &call{stream: s, h: h}
-	s.call = c
-	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true}
-	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow}
+	c = callPool.Get().(*call)
+	c.stream, c.h, s.call = s, h, c
+	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true, queue: c.req.queue}
+	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow, queue: c.resp.queue}
 	h.squeeze(s)
 	accepted = true
 	if valid && s.settings.edge != nil {
@@ -81,7 +81,7 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
-	c.sent.fields = slices.Clone(fields)
+	c.sent.fields = append(c.sent.fields[:0], fields...)
 	if h.Peers.readsRequests() {
 		s.introduced = h.meetFields(&s.record, fields)
 	}
@@ -96,10 +96,17 @@ func (h *hub) decide(c *call) {
 	if c.retries > 0 {
 		r.Attempt, r.Previous = c.retries, &c.previous
 	}
-	r.Check = c.check
+	r.Check, r.Collected = c.check, c.body
 	c.decision = h.route(r)
 	d := &c.decision
-	if d.Check != nil {
+	switch {
+	case d.Collect > 0 && c.retries > 0: // the policies have changed
+		_ = h.answer(c, &replyUnchecked, errUnchecked)
+		return
+	case d.Collect > 0:
+		h.collect(c, d.Collect)
+		return
+	case d.Check != nil:
 		h.ask(c, d.Check)
 		return
 	}
@@ -179,7 +186,7 @@ func (l *leg) send(c *call) {
 	l.next += 2
 	l.joined--
 	c.stopWaiting()
-	l.calls[c.upID] = c
+	l.enter(c)
 	l.idleAt = time.Time{}
 	s.record.Upstream, s.record.UpstreamLocal = l.target.Address, l.conn.LocalAddr()
 	s.record.Security = h.security(l.conn)
@@ -229,6 +236,7 @@ func (h *hub) requestTrailers(c *call, end bool, fields []http2.Field, whole boo
 	c.request.ended, c.req.trailers = true, slices.Clone(c.settings.edge.trailers(fields))
 	h.awaitEnd(c)
 	h.pass(&c.req)
+	h.collected(c)
 	return nil
 }
 

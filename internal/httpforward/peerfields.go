@@ -175,11 +175,19 @@ func (p *PeerFields) appendField(block []byte, e *http2.Encoder, fields []http2.
 	if size == 0 {
 		return e.AppendField(block, http2.Field{Name: clientCertField, Value: p.Element})
 	}
-	block = http2.AppendLiteralName(block, clientCertField, size+len(p.Element))
+	if e.Collects() {
+		value := p.appendElements(make([]byte, 0, size+len(p.Element)), fields)
+		return e.AppendLiteral(block, clientCertField, value)
+	}
+	return p.appendElements(http2.AppendLiteralName(block, clientCertField, size+len(p.Element)), fields)
+}
+
+// appendElements appends the elements of the request's field, and the one of the peer.
+func (p *PeerFields) appendElements(dst []byte, fields []http2.Field) []byte {
 	for i := range fields {
 		if f := &fields[i]; f.Name == clientCertField && f.Value != "" {
-			block = append(append(block, f.Value...), ',')
+			dst = append(append(dst, f.Value...), ',')
 		}
 	}
-	return append(block, p.Element...)
+	return append(dst, p.Element...)
 }

@@ -36,6 +36,7 @@ var (
 	replyBadResponse    = resetReply(502, flow.BadResponse, envoy.FlagUpstreamProtocolError, envoy.ResetByProtocolError, "")
 	replyUpstreamClosed = resetReply(503, flow.UpstreamClosed, envoy.FlagUpstreamConnectionTermination, envoy.ResetByTermination, "")
 	replyLoop           = reply{503, "no healthy upstream", flow.Loop, envoy.FlagNoHealthyUpstream, envoy.DetailsNoHealthyUpstream}
+	replyUncollected    = reply{503, "", flow.PolicyDenied, "UAEX", "ext_authz_error"}
 	replyUnchecked      = reply{403, "", flow.PolicyDenied, "UAEX", "ext_authz_error"}
 	replyRequestTimeout = reply{504, "upstream request timeout", flow.RequestTimeout, envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout}
 )

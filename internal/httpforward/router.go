@@ -46,6 +46,8 @@ type Request struct {
 	// Check is that of the last Decision about this request, with its answer; nil: there was none.
 	Check Check
 
+	Collected *Collected // what was collected for the last Decision with Collect; nil: there was none
+
 	Attempt  int       // 0: the first; n: the n-th retry
 	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
 }
@@ -64,13 +66,25 @@ type Check interface {
 	Cancel()
 }
 
+// Collected is the beginning of a request's body, without the framing of chunks.
+type Collected struct {
+	Bytes  []byte // never changed, and may be kept
+	Whole  bool   // the body has no more bytes
+	Wanted uint32 // Decision.Collect
+}
+
 // HeaderFields are header fields by index, so that a reader needs no closure: that would be allocated.
 type HeaderFields = route.Fields
 
-// Decision is what becomes of a request. One of Target, Reply and Check is set.
+// Decision is what becomes of a request. One of Target, Reply, Check and Collect is set.
 type Decision struct {
 	// Check is a question that has to be answered first. nil: the decision is made.
 	Check Check
+
+	// Collect has the request's body collected first, until it has ended or is longer than this, and Route called again with
+	// it. Zero: the body is not needed. In HTTP/2, without Connection.Many, a body cannot be collected: the client sends the
+	// request again on another connection, or, if Target.Borrowed is set, is answered 503.
+	Collect uint32
 
 	// Target is the upstream. HTTP/1 requests of one connection may have different targets. The HTTP/2 engine carries
 	// all streams of a connection on one upstream connection: a Target other than Connection.Target is answered with
@@ -232,6 +246,9 @@ func (f *blockFields) At(i int) (name, value []byte) {
 
 // readOnly returns the bytes of text. They must not be changed.
 func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text), len(text)) }
+
+// waits reports whether the Router is called again before there is a decision.
+func (d *Decision) waits() bool { return d.Check != nil || d.Collect > 0 }
 
 // asks reports whether the decision asks for more than a target.
 func (d *Decision) asks() bool { return d.Reply != nil || d.Delay > 0 || len(d.Mirrors) > 0 }

@@ -116,7 +116,7 @@ func (m *heads) appendTraced(block []byte, encoder *http2.Encoder, fields []http
 	}
 	var scratch [80]byte
 	for f, more := tracing.Next(t, -1); more; f, more = tracing.Next(t, int(f)) {
-		block = http2.AppendLiteral(block, f.Name(), f.AppendValue(scratch[:0], t))
+		block = encoder.AppendLiteral(block, f.Name(), f.AppendValue(scratch[:0], t))
 	}
 	return block
 }

@@ -17,7 +17,9 @@ import (
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -49,6 +51,41 @@ func http1Client(t testing.TB) *http.Client {
 // translating sends all requests to a server of the other protocol.
 func translating(to netip.AddrPort) Router {
 	return &planned{decide: func(_ *Request, d *Decision) { d.Target, d.Translate = upstream.Target{Address: to}, true }}
+}
+
+// The fields that the engine, a route and the certificate of a peer add are sent in either protocol.
+func TestTranslatedRequestsHaveTheFieldsThatAreAdded(t *testing.T) {
+	edits := mesh.HeaderEdits{Add: []mesh.HeaderEdit{{Name: "x-added", Value: "by the route", Action: mesh.OverwriteOrAdd}}}
+	for _, way := range directions() {
+		for _, plan := range []*route.Plan{nil, planOf(t, mesh.Forward{}, mesh.Edits{Request: edits})} {
+			origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+				id := r.Header.Get("x-request-id")
+				fmt.Fprintf(w, "%d %q %q", len(id), r.Header["X-Added"], r.Header["X-Forwarded-Client-Cert"])
+			})
+			r := way.rig(t, origin, &planned{decide: func(_ *Request, d *Decision) {
+				d.Target, d.Translate, d.Plan = upstream.Target{Address: origin}, true, plan
+			}})
+			r.set(func() { r.peers = &PeerFields{ClientCert: AppendClientCert, Element: "Hash=own"} })
+			request, err := http.NewRequest(http.MethodGet, "http://"+r.address+"/", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("x-forwarded-client-cert", "Hash=before")
+			response, err := way.client(t).Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(response.Body)
+			response.Body.Close()
+			want := `36 [] ["Hash=before,Hash=own"]`
+			if plan != nil {
+				want = `36 ["by the route"] ["Hash=before,Hash=own"]`
+			}
+			if err != nil || string(got) != want {
+				t.Errorf("%s: the server saw %s, %v, want %s", way.name, got, err, want)
+			}
+		}
+	}
 }
 
 func TestMessagesAreTranslated(t *testing.T) {

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -57,6 +58,9 @@ type HTTPAuthz struct {
 	// that is refused, and to that of one that is allowed. Of an answer to a refused request, nil means all.
 	Upstream, UpstreamAppend, Denied, Allowed []StringMatcher
 }
+
+// MaxAuthzBody bounds AuthzBody.MaxBytes: the part of a body that is kept until a server has answered.
+const MaxAuthzBody = 16 << 20
 
 // AuthzBody is the part of a request's body that is sent to the server.
 type AuthzBody struct {
@@ -345,6 +349,9 @@ func (d *decoder) authzBody(m wire.Message) *AuthzBody {
 		case 3:
 			b.Raw = m.Bool()
 		}
+	}
+	if b.MaxBytes == 0 || b.MaxBytes > MaxAuthzBody {
+		d.report(Security, fmt.Sprintf("not a size between 1 and %d bytes", MaxAuthzBody))
 	}
 	return b
 }

@@ -58,7 +58,10 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{peerMetadataType, nil, "", false},
 		{rbacType, nest(nil, 1), "", false},
 		{extAuthzType, nest(nest(text(1, "c"), 1), 1), "", false},
-		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(nil, 5)), "", true}, // its body is not sent
+		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(number(1, 9), 5)), "", false},
+		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(nil, 5)), "security with_request_body: not a size between 1 and 16777216 bytes", true},
+		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(number(1, 1<<30), 5)), "security with_request_body: not a size between 1 and 16777216 bytes", true},
+		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), number(10, 1)), "", true}, // certificates are not sent
 		{rbacType, nil, "", false},
 		{jwtType, nil, "", false},
 		{wasmType, nil, "traffic : the HTTP filter e of type " + wasmType + unknown, false},

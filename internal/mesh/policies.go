@@ -21,8 +21,6 @@ func (d *decoder) carry(policy string, restricts bool) {
 func (d *decoder) carryAuthz(e *ExtAuthz) {
 	switch {
 	case e == nil || !e.Restricts():
-	case e.Body != nil:
-		d.report(Unenforced, "questions with the bodies of requests are not carried out yet")
 	case e.PeerCert:
 		d.report(Unenforced, "questions with the certificates of clients are not carried out yet")
 	}

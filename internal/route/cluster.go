@@ -86,11 +86,14 @@ func (c *Choice) policyLevels() [4]*mesh.RouteFilters {
 // Check returns what the routes change of the questions of an HTTP filter. Values for servers of all its parts are joined; of
 // those with one name, the most specific is sent.
 func (c *Choice) Check(filter string) *mesh.CheckSettings {
-	joined := &mesh.CheckSettings{}
+	var joined *mesh.CheckSettings
 	for _, level := range c.policyLevels() {
 		p := level.Policy(filter)
 		if p == nil || p.Check == nil {
 			continue
+		}
+		if joined == nil {
+			joined = &mesh.CheckSettings{NoBody: p.Check.NoBody, Body: p.Check.Body}
 		}
 		for _, v := range p.Check.Context {
 			if !slices.ContainsFunc(joined.Context, func(known mesh.NamedValue) bool { return known.Name == v.Name }) {

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net/http"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -130,14 +132,15 @@ func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *qu
 // message that is made of it.
 func heldBy(q *extauthz.Question) int {
 	const goroutine, field = 8 << 10, 32 // a route.Field
-	n := 0
+	n, body := 0, 0
 	if r := q.Request; r != nil {
-		n = len(r.ID) + len(r.Method) + len(r.Scheme) + len(r.Host) + len(r.Path) + len(r.Body)
+		body = len(r.Body)
+		n = len(r.ID) + len(r.Method) + len(r.Scheme) + len(r.Host) + len(r.Path) + body
 		for i := range r.Fields {
 			n += field + len(r.Fields[i].Name) + len(r.Fields[i].Value)
 		}
 	}
-	return goroutine + 2*n
+	return goroutine + 2*n + 2*body
 }
 
 // await asks a server, and waits for its answer.
@@ -196,10 +199,10 @@ func asks(s *mesh.Snapshot, h *mesh.HTTPManager) bool {
 	for i := range h.Filters {
 		f := s.Filter(&h.Filters[i])
 		switch {
-		case f == nil || f.Disabled:
+		case f == nil:
 		case f.ExtAuthz != nil && !f.ExtAuthz.Shadow:
-			return true
-		case f.JWT != nil && slices.ContainsFunc(f.JWT.Providers, func(p mesh.JWTProvider) bool { return p.Remote != nil }):
+			return true // also if it is disabled, since a route may enable it
+		case !f.Disabled && f.JWT != nil && slices.ContainsFunc(f.JWT.Providers, func(p mesh.JWTProvider) bool { return p.Remote != nil }):
 			return true
 		}
 	}
@@ -227,19 +230,84 @@ func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.Chec
 	answer := before.answer(e)
 	switch {
 	case answer != nil:
-	case !draws(e.Enabled):
+	case r.Collected == nil && !draws(e.Enabled): // it is drawn once
 		return nil, nil
+	case g.role == nil:
+		return extauthz.Failed(e, errNobodyAsks).Reply, nil
 	default:
-		if g.role == nil {
-			return extauthz.Failed(e, errNobodyAsks).Reply, nil
+		body := bodyOf(e, settings)
+		if reply, waits = g.needs(r, body); reply != nil || waits != nil {
+			return reply, waits
 		}
-		return nil, g.role.ask(e, g.question(r, settings), before)
+		return nil, g.role.ask(e, g.question(r, body, settings), before)
 	}
 	if answer.Denied {
 		return answer.Reply, nil
 	}
 	g.take(r, e, answer)
 	return nil, nil
+}
+
+// bodyFirst stands for a question that needs the body of the request.
+var bodyFirst = new(question)
+
+// await sets what a request waits for.
+func (g *gate) await(waits *question, d *httpforward.Decision) {
+	if waits == bodyFirst {
+		d.Collect = g.collect
+	} else {
+		d.Check = waits
+	}
+}
+
+// bodyOf returns how a server sees a request's body; nil: it does not.
+func bodyOf(e *mesh.ExtAuthz, settings *mesh.CheckSettings) *mesh.AuthzBody {
+	switch {
+	case settings == nil:
+	case settings.NoBody:
+		return nil
+	case settings.Body != nil:
+		return settings.Body
+	}
+	return e.Body
+}
+
+// needs returns bodyFirst if the part of a request's body is missing that a server sees, and a reply if that part must be the
+// whole body and is not.
+func (g *gate) needs(r *httpforward.Request, body *mesh.AuthzBody) (*route.Reply, *question) {
+	c := r.Collected
+	switch {
+	case body == nil:
+		return nil, nil
+	case !body.AllowPartial && declaredLength(r.Fields) > int64(body.MaxBytes):
+		return bodyTooLarge, nil
+	case c == nil || c.Wanted < body.MaxBytes:
+		g.collect = body.MaxBytes
+		return nil, bodyFirst
+	case !body.AllowPartial && !wholeIn(c, body):
+		return bodyTooLarge, nil
+	}
+	return nil, nil
+}
+
+// wholeIn reports whether all of a body is shown.
+func wholeIn(c *httpforward.Collected, body *mesh.AuthzBody) bool {
+	return c.Whole && len(c.Bytes) <= int(body.MaxBytes)
+}
+
+// declaredLength returns the length of the body by its field; 0: there is none.
+func declaredLength(fields httpforward.HeaderFields) (n int64) {
+	for i := range fields.Len() {
+		if name, value := fields.At(i); strings.EqualFold(string(name), "content-length") {
+			n, _ = strconv.ParseInt(string(value), 10, 64) // the engine has parsed it before
+		}
+	}
+	return n
+}
+
+// bodyTooLarge is the reply to a request whose body its server has to see, and may not see in part.
+var bodyTooLarge = &route.Reply{
+	Status: http.StatusRequestEntityTooLarge, Body: "Payload Too Large", Details: "request_payload_too_large", Reason: flow.PolicyDenied, Edited: true,
 }
 
 // take carries out what an answer adds to a request that it allows.
@@ -264,7 +332,7 @@ func draws(f mesh.Fraction) bool {
 }
 
 // question copies a request for a server. Filters before this one may have changed its fields.
-func (g *gate) question(r *httpforward.Request, settings *mesh.CheckSettings) *extauthz.Question {
+func (g *gate) question(r *httpforward.Request, body *mesh.AuthzBody, settings *mesh.CheckSettings) *extauthz.Question {
 	q := connectionQuestion(g.role, &g.subject, r.Connection.Downstream)
 	fields := g.fields(r)
 	request := &extauthz.Request{
@@ -279,6 +347,10 @@ func (g *gate) question(r *httpforward.Request, settings *mesh.CheckSettings) *e
 		if strings.EqualFold(string(name), "x-request-id") {
 			request.ID = string(value)
 		}
+	}
+	if body != nil {
+		c := r.Collected
+		request.Body, request.Partial, request.Raw = c.Bytes[:min(len(c.Bytes), int(body.MaxBytes))], !wholeIn(c, body), body.Raw
 	}
 	q.Request = request
 	if settings != nil {

@@ -157,6 +157,8 @@ type gate struct {
 
 	chosen chosen
 
+	collect uint32 // how much of the request's body is needed, with bodyFirst
+
 	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
 

@@ -80,7 +80,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
 		var waits *question
 		if changed, reply, waits = r.gate.pass(r.judged, r.chain.HTTP, request); waits != nil {
-			decision.Check = waits
+			r.gate.await(waits, &decision)
 			return decision
 		}
 	}

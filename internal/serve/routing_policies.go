@@ -39,7 +39,9 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 	changed, reply, waits := r.gate.pass(r.judged, r.manager, q)
 	switch {
 	case waits != nil:
-		return httpforward.Decision{Check: waits}
+		var d httpforward.Decision
+		r.gate.await(waits, &d)
+		return d
 	case reply != nil:
 		return httpforward.Decision{
 			Reply: reply, Tracing: r.traced, Telemetry: r.recorded, Peers: r.plain, DryRun: r.gate.shadows.dryRun(),

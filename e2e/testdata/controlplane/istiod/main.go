@@ -45,13 +45,14 @@ func main() {
 	push := flag.String("push", "", "recorded push that is served in place of a configuration: sidecar, or thousand with 1,000 services")
 	outbound := flag.String("outbound", "", "IPv4 address and port of a server of HTTP whose sidecar requires mutual TLS")
 	services := flag.String("services", "", "file with a service of HTTP; each change of it is pushed")
+	policies := flag.Int("policies", -1, "number of authorization policies for requests inside mutual TLS, with 10 rules each; -1: it has no chain for HTTP")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services); err != nil {
+	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services, *policies); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, outbound, token, push, services string) error {
+func run(port, directory, mtls, outbound, token, push, services string, policies int) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
@@ -62,7 +63,7 @@ func run(port, directory, mtls, outbound, token, push, services string) error {
 	if port == "0" { // only the files
 		return writeCertificate(authority, filepath.Join(directory, "workload.pem"))
 	}
-	service, err := discoveryOf(mtls, outbound, push, services)
+	service, err := discoveryOf(mtls, outbound, push, services, policies)
 	if err != nil {
 		return err
 	}
@@ -93,7 +94,7 @@ func writeCertificate(authority *ca.Authority, file string) error {
 }
 
 // discoveryOf returns what serves resources.
-func discoveryOf(mtls, outbound, push, services string) (discovery.AggregatedDiscoveryServiceServer, error) {
+func discoveryOf(mtls, outbound, push, services string, policies int) (discovery.AggregatedDiscoveryServiceServer, error) {
 	if push != "" {
 		return newReplay(push)
 	}
@@ -105,6 +106,9 @@ func discoveryOf(mtls, outbound, push, services string) (discovery.AggregatedDis
 		return server.NewServer(context.Background(), snapshots, server.CallbackFuncs{}), nil
 	}
 	resources := configuration(mtls == "STRICT")
+	if policies >= 0 {
+		resources[resource.ListenerType] = []types.Resource{inbound(mtls == "STRICT", inboundManager(policyFilters(policies)...))}
+	}
 	if outbound != "" {
 		if err := addOutbound(resources, outbound); err != nil {
 			return nil, err

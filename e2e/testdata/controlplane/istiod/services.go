@@ -127,8 +127,8 @@ var http2Options = &upstreams.HttpProtocolOptions{UpstreamProtocolOptions: &upst
 	},
 }}
 
-// inboundManager passes all requests to the workload.
-func inboundManager() *listener.Filter {
+// inboundManager passes all requests to the workload that the filters let pass.
+func inboundManager(filters ...*hcm.HttpFilter) *listener.Filter {
 	routes := &route.RouteConfiguration{Name: "inbound", VirtualHosts: []*route.VirtualHost{{
 		Name: "inbound|http|0", Domains: []string{"*"},
 		Routes: []*route.Route{{
@@ -142,7 +142,7 @@ func inboundManager() *listener.Filter {
 		&hcm.HttpConnectionManager{
 			StatPrefix: "inbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
 			UpgradeConfigs: []*hcm.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-			HttpFilters:    []*hcm.HttpFilter{{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}},
+			HttpFilters:    append(filters, &hcm.HttpFilter{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}),
 		},
 	)}}
 }

@@ -1,6 +1,6 @@
 // Command grpc is gRPC's own interoperability test, both sides of it: `grpc serve ADDRESS` answers, and
 // `grpc call ADDRESS` makes the calls over one connection and prints "ok NAME" after each case. It ends with a code
-// other than 0 at the first case that fails. The server's health is there too: it is serving, and so is service "up",
+// other than 0 at the first case that fails. `grpc call https://ADDRESS` makes them over TLS. The server's health is there too: it is serving, and so is service "up",
 // while service "down" is not.
 package main
 
@@ -11,9 +11,11 @@ import (
 	"math"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -73,8 +75,13 @@ var cases = []struct {
 }
 
 func call(address string) {
+	transport := insecure.NewCredentials()
+	address, secured := strings.CutPrefix(address, "https://")
+	if secured {
+		transport = credentials.NewTLS(nil) // with the roots of SSL_CERT_FILE
+	}
 	conn, err := grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
+		grpc.WithTransportCredentials(transport), grpc.WithNoProxy(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(largeMessage+1<<10)))
 	if err != nil {
 		log.Fatal(err)

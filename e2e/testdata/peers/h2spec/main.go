@@ -1,5 +1,6 @@
 // Command h2spec runs the conformance tests of github.com/summerwind/h2spec against a server that speaks HTTP/2 in the
-// clear: `h2spec HOST PORT` prints one line for each test: "pass", "skip" or "fail", a blank, and the test's name.
+// clear, or over TLS with a third argument: `h2spec HOST PORT [tls]` prints one line for each test: "pass", "skip" or "fail",
+// a blank, and the test's name.
 // Its exit code is 0 when the tests ran, whatever they found.
 package main
 
@@ -19,14 +20,14 @@ import (
 
 func main() {
 	log.SetFlags(0)
-	if len(os.Args) != 3 {
-		log.Fatal("usage: h2spec HOST PORT")
+	if len(os.Args) != 3 && len(os.Args) != 4 {
+		log.Fatal("usage: h2spec HOST PORT [tls]")
 	}
 	port, err := strconv.Atoi(os.Args[2])
 	if err != nil {
 		log.Fatal(err)
 	}
-	c := &config.Config{Host: os.Args[1], Port: port, Path: "/", Timeout: 2 * time.Second, MaxHeaderLen: 4000, Strict: true}
+	c := &config.Config{Host: os.Args[1], Port: port, Path: "/", Timeout: 2 * time.Second, MaxHeaderLen: 4000, Strict: true, TLS: len(os.Args) == 4, Insecure: true}
 	report := os.Stdout
 	os.Stdout = os.Stderr // where the suite's own prose goes
 	for _, group := range []*spec.TestGroup{generic.Spec(), http2.Spec(), hpack.Spec()} {
