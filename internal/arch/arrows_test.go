@@ -50,7 +50,7 @@ var arrows = []struct {
 	{"internal/probe", []string{"internal/capture", "internal/envoy", "internal/http2", "internal/ownport", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"internal/ownport"}, "a handler may need more time than its server gives, and loopback is not always local"},
-	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/tcp", []string{"internal/budget", "internal/sockopt"}, "a socket is born with its options; what a record layer holds while it waits is in the process's budget"},
 	{"internal/dns", []string{"internal/sockopt"}, "the kernel counts the queries that it drops at a socket"},
 	{"internal/metrics", []string{"internal/cel", "internal/dns", "internal/envoy", "internal/flow", "internal/mesh", "internal/podinfo", "internal/promtext"},
 		"a control plane changes labels, by expressions; records are counted, under the names of this workload, and written; the resolver counts itself"},

@@ -130,6 +130,9 @@ func (h *hub) pump() (moved, yields bool) {
 	h.resumeAnswered()
 	moved = h.down.pump()
 	for _, l := range h.ups {
+		if l.rests() {
+			continue
+		}
 		moved = l.pump() || moved
 		yields = yields || l.left <= 0
 		if h.kept+h.buffered > h.reported+maxUnreported && !h.hold() {
