@@ -25,7 +25,8 @@ MAX_BINARY ?= 15500000
 COLD := ./cmd/... ./iptables/... ./run \
 	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
 		promtext proxyconfig sandbox scrape terminal xds) \
-	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog net net/http regexp/syntax runtime/pprof \
+	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog math/big mime net net/http net/textproto net/url \
+	reflect regexp/syntax runtime/pprof text/... \
 	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
 
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)" $(COLD:%=-gcflags=%=-l)
@@ -152,7 +153,7 @@ mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no te
 	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
 
 .PHONY: bench
-bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
+bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 7 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility

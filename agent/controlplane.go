@@ -56,6 +56,12 @@ func (a *Agent) addControlPlane() error {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
 	a.plane.pod, a.plane.session, a.plane.peers = &pod, session, peers.New(pod.Node.ID(), description)
+	if logs := a.telling.planned; logs != nil {
+		logs.NodeID, logs.Cluster = pod.Node.ID(), pod.Node.Cluster
+		if logs.Node, err = pod.Node.Encode(); err != nil {
+			return &FieldError{Field: "ControlPlane.Pod", Err: err}
+		}
+	}
 	return nil
 }
 

@@ -355,6 +355,50 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	}
 }
 
+// The client is the one that the PROXY protocol names, behind curl's header as well. Without a header nothing is served.
+func TestGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "shop")
+	e.certify(t, "shop", "shop.example")
+	e.start(t, "--proxy-protocol", "--listen", "8443", "--redirect-http", "8080", "--route", "*=127.0.0.1:9001", "--cert", e.path("shop.pem"), "--key", e.path("shop.pem"))
+	const url = "https://shop.example:8443/"
+	for _, two := range []bool{false, true} {
+		client := e.client(two)
+		dial := client.Transport.(*http.Transport).DialContext
+		client.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			if err == nil {
+				_, err = io.WriteString(conn, "PROXY TCP4 203.0.113.7 198.51.100.2 4660 8443\r\n")
+			}
+			return conn, err
+		}
+		response, err := client.Get(url)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, e.agent.log)
+		}
+		response.Body.Close()
+		client.CloseIdleConnections()
+		if got := response.Header.Get("Seen-For"); got != "203.0.113.7" {
+			t.Errorf("HTTP/2 %v: the server sees the client %q", two, got)
+		}
+		e.agent.access.await(t, fmt.Sprintf("GET / HTTP/%s", map[bool]string{false: "1.1", true: "2"}[two]), " 203.0.113.7:4660 ")
+	}
+	if got := e.curl(t, "--haproxy-protocol", "--http2", url); got != "shop shop.example:8443/ 200 2" {
+		t.Errorf("curl: %q", got)
+	}
+	if got := e.curl(t, "--haproxy-protocol", "http://shop.example:8080/"); got != " 301 1.1" {
+		t.Errorf("curl without TLS: %q", got)
+	}
+	client := e.client(true)
+	defer client.CloseIdleConnections()
+	if response, err := client.Get(url); err == nil {
+		response.Body.Close()
+		t.Errorf("without a header: %s", response.Status)
+	}
+	e.agent.access.await(t, "DPE", nettest.PeerIP4.String())
+}
+
 // The flags set the limits of requests, below Envoy's and above.
 func TestGatewayHasTheLimitsOfItsFlags(t *testing.T) {
 	t.Parallel()

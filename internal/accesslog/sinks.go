@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/cel"
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -20,12 +22,23 @@ type Sinks struct {
 	Noted *flow.Noted  // gets the fields that formats and filters look at
 	Log   *slog.Logger // of what cannot be carried out
 
-	mu     sync.Mutex
-	files  map[string]*writer
-	closed bool
+	// Of services, and set before anything is recorded: what sends requests to the endpoints of a cluster, the attributes of
+	// this process, and the node as the control plane has it, a message envoy.config.core.v3.Node.
+	Transport       func(cluster string, http2 bool) http.RoundTripper
+	Resource        []export.Resource
+	Node            []byte
+	NodeID, Cluster string // of the node
+
+	counts export.Counts // of all services
+
+	mu       sync.Mutex
+	files    map[string]*writer
+	services map[string]*export.Exporter
+	closed   bool
 }
 
-// maxFiles bounds the files of access logs, each of which has a queue and a goroutine. Records for others are not written.
+// maxFiles bounds the files of access logs, each of which has a queue and a goroutine, and likewise the services. Records for
+// others are not written.
 const maxFiles = 8
 
 // envoyFormat is the format of a log without one.
@@ -46,7 +59,7 @@ func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
 				compiled = logs[i].Compiled.Load().(*Log)
 			}
 		}
-		if compiled.writer != nil {
+		if compiled.writer != nil || compiled.service != nil {
 			sinks = append(sinks, compiled)
 		}
 	}
@@ -55,12 +68,17 @@ func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
 
 // compile returns the log that c configures. An operator that is not understood is logged, and has no value.
 func (s *Sinks) compile(c *mesh.AccessLog) *Log {
-	l := &Log{writer: s.writer(c.Path), lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
-	format, problems := s.format(c)
-	for _, problem := range problems {
-		s.Log.Warn("access log format not honoured", "path", c.Path, "error", problem)
+	l := &Log{lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
+	to, problems := c.Path, []error(nil)
+	if c.Service != nil {
+		to, problems = s.serve(l, c.Service)
+	} else {
+		l.writer = s.writer(c.Path)
+		l.format, problems = s.format(c)
 	}
-	l.format = format
+	for _, problem := range problems {
+		s.Log.Warn("access log format not honoured", "path", to, "error", problem)
+	}
 	if c.Filter != nil {
 		l.when = s.bind(c.Filter)
 	}
@@ -126,7 +144,7 @@ func (s *Sinks) note(f *Format) (problems []error) {
 			name := names[from-base]
 			place, err := s.Noted.Add(name, base == fromResponse)
 			if err != nil {
-				problems = append(problems, fmt.Errorf("the field %s is not recorded: %w", name, err))
+				problems = append(problems, notRecorded(name, err))
 				p.does = verbMissing
 				break
 			}
@@ -134,6 +152,10 @@ func (s *Sinks) note(f *Format) (problems []error) {
 		}
 	}
 	return problems
+}
+
+func notRecorded(name string, err error) error {
+	return fmt.Errorf("the field %s is not recorded: %w", name, err)
 }
 
 // place returns where records have a field that an expression reads; negative: they do not.
@@ -181,20 +203,28 @@ func (s *Sinks) Reopen() {
 	}
 }
 
-// Counts returns the numbers of lines that were written, and that were lost.
+// Counts returns the numbers of records that were written or sent, and that were lost.
 func (s *Sinks) Counts() (written, dropped uint64) {
 	for _, w := range s.each() {
 		written += w.written.Load()
 		dropped += w.lost()
 	}
-	return written, dropped
+	return written + s.counts.Exported.Load(), dropped + s.counts.Dropped.Load() + s.counts.Failed.Load()
 }
 
-// Close writes what is queued and closes the files; see Log.Close. Later records are lost.
+// Close writes and sends what is queued and closes the files; see Log.Close. Later records are lost.
 func (s *Sinks) Close(ctx context.Context) (err error) {
 	s.mu.Lock()
 	s.closed = true
+	services := s.services
 	s.mu.Unlock()
+	before := s.counts.Failed.Load()
+	for _, e := range services {
+		e.Close(ctx)
+	}
+	if lost := s.counts.Failed.Load() - before; lost > 0 {
+		err = fmt.Errorf("closing access logs: %d records were not sent", lost)
+	}
 	for _, w := range s.each() {
 		err = errors.Join(err, w.close(ctx))
 	}

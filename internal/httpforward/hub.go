@@ -34,6 +34,8 @@ type hub struct {
 	times
 	drainState
 
+	translated translation // of responses over HTTP/1
+
 	asking   []*call     // wait for the answer to a question about them; some may have ended
 	answered atomic.Bool // there is an answer to one of the questions
 
@@ -128,6 +130,9 @@ func (h *hub) pump() (moved, yields bool) {
 	h.resumeAnswered()
 	moved = h.down.pump()
 	for _, l := range h.ups {
+		if l.rests() {
+			continue
+		}
 		moved = l.pump() || moved
 		yields = yields || l.left <= 0
 		if h.kept+h.buffered > h.reported+maxUnreported && !h.hold() {

@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -37,9 +38,34 @@ type call struct {
 
 	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: the call is not paused
 	headEnd  time.Time // the end of Settings.RequestTimeout
-	replied  bool      // the response is made here
-	closed   bool      // it has left the table
+	moved    time.Time // when a part of a message came or was passed on last
+
+	arriveEnd time.Time // until when the whole request must have arrived; zero: no limit
+	replied   bool      // the response is made here
+	closed    bool      // it has left the table
+	referred  bool      // lists may still refer to it when it is closed
 }
+
+// callPool keeps the memory of calls for others.
+var callPool = sync.Pool{New: func() any { return new(call) }}
+
+// recycle gives the call back, after its record has closed. Calls that lists may refer to are left to the garbage collector.
+func (c *call) recycle() {
+	if c.referred {
+		return
+	}
+	fields, up, down := c.sent.fields, c.req.queue, c.resp.queue
+	clear(fields)
+	if cap(fields) > keptFields {
+		fields = nil
+	}
+	*c = call{}
+	c.sent.fields, c.req.queue, c.resp.queue = fields[:0], up[:0], down[:0]
+	callPool.Put(c)
+}
+
+// keptFields is how many fields a call or a connection keeps room for.
+const keptFields = 64
 
 // requestHead is the head of a request, for the attempts that follow the first.
 type requestHead struct {
@@ -68,7 +94,7 @@ type pipe struct {
 
 	trailers []http2.Field
 	done     bool // the end is passed on
-	blocked  bool // the pipe is in the receiver's list
+	blocked  *leg // the receiver in whose list the pipe is; nil: in none
 }
 
 const (
@@ -131,6 +157,7 @@ func (c *call) from(l *leg) *pipe {
 
 // offer passes data on, or keeps it until the receiver takes it.
 func (h *hub) offer(p *pipe, data []byte) {
+	p.c.moved = h.now()
 	h.store(p, data)
 	h.pass(p)
 }
@@ -186,6 +213,7 @@ func (h *hub) pass(p *pipe) {
 		}
 		last := body.ended && p.from+n == len(p.queue) && p.trailers == nil
 		to.sendData(id, p.queue[p.from:p.from+n], last)
+		p.c.moved = h.now()
 		if p.pace != nil {
 			p.pace.Spend(n)
 		}
@@ -346,12 +374,12 @@ func (h *hub) detach(c *call) {
 		c.stopWaiting()
 		return
 	}
-	delete(l.calls, c.upID)
+	l.leave(c)
 	c.upID = 0
 	if l.http1 != nil {
 		l.freeHTTP1(c)
 	}
-	if len(l.calls) == 0 {
+	if l.open == 0 {
 		l.idleAt = h.now()
 		h.watch(l.idleAt.Add(l.idleLife()))
 	}

@@ -3,7 +3,7 @@ package httpforward
 // ask lets a call wait until a question about it is answered. The question ends by itself, so the wait has no limit of its
 // own. Other calls go on, and the body of this one waits within the window of its stream.
 func (h *hub) ask(c *call, check Check) {
-	c.check, c.asking = check, true
+	c.check, c.asking, c.referred = check, true, true
 	h.asking = append(h.asking, c)
 	check.Notify(func() {
 		h.answered.Store(true)

@@ -135,15 +135,44 @@ func (l *leg) over(waiting int) bool {
 	return uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
 }
 
-func (l *leg) load() int { return len(l.calls) + l.joined }
+func (l *leg) load() int { return l.open + l.joined }
 
 // room returns how many streams the connection has a place for; negative: as many calls wait.
 func (l *leg) room() int { return int(min(l.limit, maxStreams)) - l.load() }
 
+// enter and leave keep the table of the leg's calls. A leg of HTTP/1 has one call at a time.
+func (l *leg) enter(c *call) {
+	l.open++
+	if l.http1 != nil {
+		l.http1.call = c
+		return
+	}
+	if l.calls == nil {
+		l.calls = make(map[uint32]*call)
+	}
+	l.calls[c.upID] = c
+}
+
+func (l *leg) leave(c *call) {
+	l.open--
+	delete(l.calls, c.upID)
+}
+
+// callOf returns the open call with a number, or nil.
+func (l *leg) callOf(id uint32) *call {
+	if x := l.http1; x != nil {
+		if x.call == nil || x.call.upID != id {
+			return nil
+		}
+		return x.call
+	}
+	return l.calls[id]
+}
+
 func (h *hub) newLeg(to upstream.Target) *leg {
 	l := new(leg)
 	l.init(h, nil)
-	l.target, l.calls, l.next, l.limit = to, make(map[uint32]*call), 1, firstLimit
+	l.target, l.next, l.limit = to, 1, firstLimit
 	h.ups = append(h.ups, l)
 	return l
 }
@@ -227,8 +256,7 @@ func (l *leg) openWaiting() {
 		return
 	}
 	for len(l.waiting) > 0 && l.takes() {
-		c := l.waiting[0]
-		l.waiting = l.waiting[1:]
+		c := l.nextWaiting()
 		if c.leg == l && c.upID == 0 && !c.closed {
 			l.send(c)
 		}
@@ -237,14 +265,26 @@ func (l *leg) openWaiting() {
 			l.h.moveWaiting(l)
 		}
 	}
-	if len(l.waiting) == 0 {
+}
+
+// nextWaiting removes the first call that waits. A list for one call is kept, since each request needs it.
+func (l *leg) nextWaiting() *call {
+	c := l.waiting[0]
+	l.waiting[0] = nil
+	switch {
+	case len(l.waiting) > 1:
+		l.waiting = l.waiting[1:]
+	case cap(l.waiting) == 1:
+		l.waiting = l.waiting[:0]
+	default:
 		l.waiting = nil
 	}
+	return c
 }
 
 // takes reports whether a call can be opened on the connection now.
 func (l *leg) takes() bool {
-	return l.conn != nil && !l.closing && l.readErr == nil && len(l.calls) < int(l.limit) && !l.full()
+	return l.conn != nil && !l.closing && l.readErr == nil && l.open < int(l.limit) && !l.full()
 }
 
 // share opens calls that wait for a place on a connection of HTTP/2 on others to the same target. It reports whether it has opened
@@ -269,8 +309,7 @@ func (h *hub) share() (opened bool) {
 
 // take opens the first call that waits for another leg.
 func (l *leg) take(from *leg) {
-	c := from.waiting[0]
-	from.waiting = from.waiting[1:]
+	c := from.nextWaiting()
 	if c.leg != from || c.upID != 0 || c.closed {
 		return
 	}
@@ -313,7 +352,9 @@ func (h *hub) reap() (moved bool) {
 	}
 	for i := 0; i < len(h.ups); {
 		l := h.ups[i]
-		l.openWaiting()
+		if len(l.waiting) > 0 {
+			l.openWaiting()
+		}
 		if l.readErr == nil && l.writeErr != nil {
 			l.readErr = l.writeErr
 		}
@@ -390,7 +431,7 @@ func (h *hub) lost(l *leg) {
 	default:
 		r = &replyUpstreamClosed
 	}
-	calls := l.open()
+	calls := l.streams()
 	repeats := l.http1 != nil && l.http1.call != nil && l.repeats(l.http1.call)
 	waiting := l.waiting
 	l.waiting = nil

@@ -150,7 +150,7 @@ func (l *leg) settings(h http2.Header, payload []byte) error {
 func (l *leg) resize(n int64) error {
 	more := n - l.initial
 	l.initial = n
-	for _, c := range l.open() {
+	for _, c := range l.streams() {
 		p := c.to(l)
 		if p.window += more; p.window > http2.MaxWindow {
 			return http2.ConnectionError(http2.FlowControlError, "window too large")
@@ -162,11 +162,14 @@ func (l *leg) resize(n int64) error {
 	return nil
 }
 
-// open returns the open streams of the leg. The result is a copy: they may end meanwhile.
-func (l *leg) open() (open []*call) {
+// streams returns the open streams of the leg. The result is a copy: they may end meanwhile.
+func (l *leg) streams() (open []*call) {
 	if !l.isDown() {
 		for _, c := range l.calls {
 			open = append(open, c)
+		}
+		if l.http1 != nil && l.http1.call != nil {
+			open = append(open, l.http1.call)
 		}
 		return open
 	}
@@ -211,7 +214,7 @@ func (l *leg) find(id uint32) (*call, error) {
 			return s.call, nil
 		}
 		last = l.h.streams.last + 1
-	} else if c := l.calls[id]; c != nil {
+	} else if c := l.callOf(id); c != nil {
 		return c, nil
 	}
 	if id >= last || id&1 == 0 {
@@ -316,7 +319,7 @@ func (l *leg) goAway(last uint32) {
 		return // about pushes and errors only
 	}
 	l.closing = true
-	for _, c := range l.open() {
+	for _, c := range l.streams() {
 		if c.upID > last {
 			l.h.refused(c)
 		}

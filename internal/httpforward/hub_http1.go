@@ -76,10 +76,13 @@ func (l *leg) stale(c *call) bool {
 func (l *leg) sendHTTP1(c *call, end bool) bool {
 	h, x := l.h, l.http1
 	x.call = c
-	h.appendRequest(nil, l.encoder, c.stream, c.sent.fields, c.sent.has)
-	fields := l.encoder.Collected()
-	defer l.encoder.Forget()
-	request, err := http2.ParseRequest(fields)
+	request, fields, err := c.sent.Request, c.sent.fields, error(nil)
+	if h.changes(c.stream, c.sent.has) {
+		h.appendRequest(nil, l.encoder, c.stream, fields, c.sent.has)
+		fields = l.encoder.Collected()
+		defer l.encoder.Forget()
+		request, err = http2.ParseRequest(fields)
+	}
 	if err == nil && !expressible(&request) {
 		err = errNoTarget
 	}
@@ -280,7 +283,7 @@ func (l *leg) responseHead(b []byte) (int, error) {
 		return 0, errNotAsked
 	}
 	options := x.head.DropHopByHop(b)
-	fields := responseFields(&x.head, b)
+	fields := l.h.translated.fields(&x.head, b)
 	l.left -= blockCost + len(fields)*fieldCost
 	if x.head.Status < 200 {
 		x.head.Reset()
@@ -303,17 +306,61 @@ func (l *leg) responseHead(b []byte) (int, error) {
 	return n, err
 }
 
-// responseFields returns the fields of a response as those of HTTP/2.
-func responseFields(h *http1.Head, b []byte) []http2.Field {
-	fields := make([]http2.Field, 1, len(h.Fields)+1)
-	fields[0] = http2.Field{Name: ":status", Value: strconv.Itoa(h.Status)}
+// translation makes the fields of responses those of HTTP/2. Fields repeat from one response to the next, so it keeps their texts.
+type translation struct {
+	list          []http2.Field
+	names, values repeats
+	scratch       []byte
+}
+
+// fields returns the fields of a response. They are valid until the next call.
+func (t *translation) fields(h *http1.Head, b []byte) []http2.Field {
+	t.scratch = strconv.AppendInt(t.scratch[:0], int64(h.Status), 10)
+	list := append(t.list[:0], http2.Field{Name: ":status", Value: t.values.at(0, t.scratch)})
 	for i := range h.Fields {
 		if f := &h.Fields[i]; !f.Dropped && f.Known != http1.TransferEncoding {
-			name := strings.ToLower(string(f.Name.In(b)))
-			fields = append(fields, http2.Field{Name: name, Value: string(f.Value.In(b))})
+			t.scratch = appendLower(t.scratch[:0], f.Name.In(b))
+			list = append(list, http2.Field{Name: t.names.at(i+1, t.scratch), Value: t.values.at(i+1, f.Value.In(b))})
 		}
 	}
-	return fields
+	if t.list = list; cap(list) > keptFields {
+		t.list = nil
+	}
+	return list
+}
+
+// appendLower appends text in lower case.
+func appendLower(dst, text []byte) []byte {
+	for _, c := range text {
+		if 'A' <= c && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		dst = append(dst, c)
+	}
+	return dst
+}
+
+// repeats makes strings of the texts of a message. A text that equals the one at its place in the message before is that string.
+type repeats []string
+
+const (
+	keptTexts   = 32
+	longestText = 128 // that is kept
+)
+
+// at returns text, which is the i-th of its message.
+func (r *repeats) at(i int, text []byte) string {
+	if i < len(*r) && (*r)[i] == string(text) {
+		return (*r)[i]
+	}
+	made := string(text)
+	if i < keptTexts && len(text) <= longestText {
+		for len(*r) <= i {
+			*r = append(*r, "")
+		}
+		(*r)[i] = made
+	}
+	return made
 }
 
 // payload handles payload of a response's body.

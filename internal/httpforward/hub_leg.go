@@ -58,7 +58,8 @@ type endedStream struct {
 // legUp is the state of a leg to an upstream.
 type legUp struct {
 	target  upstream.Target
-	calls   map[uint32]*call // open, by the numbers of this connection
+	calls   map[uint32]*call // open, by the numbers of this connection; nil on a leg of HTTP/1
+	open    int              // calls that are open
 	next    uint32           // number of the next stream
 	limit   uint32           // streams that may be open at once
 	waiting []*call          // for the connection, or for a place on it
@@ -112,6 +113,15 @@ func (l *leg) lose(err error) {
 	if l.readErr == nil {
 		l.readErr = err
 	}
+}
+
+// rests reports whether pump has nothing to do. Most upstream connections rest in most turns.
+func (l *leg) rests() bool {
+	if x := l.http1; x != nil && (x.ended != nil || x.halfClose) {
+		return false
+	}
+	return l.conn != nil && !l.pending && !l.conn.Readable() && len(l.out) == 0 && l.left > 0 && len(l.blocked) == 0 &&
+		l.owed < connectionWindow/4 && l.readErr == nil && l.writeErr == nil
 }
 
 // pump moves what can be moved, until the turn is over. It reports whether bytes moved.
@@ -192,7 +202,10 @@ func (l *leg) reserve(n int) {
 func (l *leg) closeWritten() {
 	done := 0
 	for done < len(l.ended) && l.ended[done].at <= l.written {
-		l.h.closeStream(l.ended[done].s, nil)
+		s := l.ended[done].s
+		c := s.call
+		l.h.closeStream(s, nil)
+		c.recycle()
 		done++
 	}
 	l.ended = append(l.ended[:0], l.ended[done:]...)
@@ -338,17 +351,17 @@ func (l *leg) unblock() {
 	waited := l.blocked
 	l.blocked = nil
 	for _, p := range waited {
-		p.blocked = false
-		if p.c != nil {
-			p.c.h.pass(p)
+		if p.blocked == l { // otherwise it waits for another connection by now
+			p.blocked = nil
+			l.h.pass(p)
 		}
 	}
 }
 
 // block notes that a pipe waits for room or for credit of the connection.
 func (l *leg) wait(p *pipe) {
-	if !p.blocked {
-		p.blocked = true
+	if p.blocked != l {
+		p.blocked, p.c.referred = l, true
 		l.blocked = append(l.blocked, p)
 	}
 }
@@ -387,7 +400,7 @@ func (l *leg) close() {
 			l.h.engine.config.Pool.GiveUsed(l.target, l.conn, l.use)
 		} else if l.http1 != nil && l.http1.broken {
 			l.conn.Reset()
-		} else if len(l.calls) == 0 || l.readErr == io.EOF {
+		} else if l.open == 0 || l.readErr == io.EOF {
 			l.conn.Close()
 		} else {
 			l.conn.Reset()

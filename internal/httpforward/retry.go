@@ -44,12 +44,20 @@ func retriesFailure(p *mesh.RetryPolicy, f failure, untouched bool) bool {
 // retriesResponse reports whether a policy retries after a response with this status and these fields. Overload is never
 // retried, and neither is a limited rate unless the policy names it.
 func retriesResponse(p *mesh.RetryPolicy, status int, fields HeaderFields) bool {
-	on := p.On
+	named := retriesOutcome(p, status, fields)
 	switch {
-	case on == 0 || lookup(fields, overloadedField) != nil:
+	case !named && p.On&mesh.RetryRateLimited == 0, lookup(fields, overloadedField) != nil:
 		return false
 	case lookup(fields, rateLimitedField) != nil:
-		return on&mesh.RetryRateLimited != 0
+		return p.On&mesh.RetryRateLimited != 0
+	}
+	return named
+}
+
+// retriesOutcome reports whether a policy names this status or these fields, which most responses decide without their fields.
+func retriesOutcome(p *mesh.RetryPolicy, status int, fields HeaderFields) bool {
+	on := p.On
+	switch {
 	case on&mesh.RetryHeaders != 0 && route.RetriesFields(p, fields):
 		return true
 	case on&mesh.Retry5xx != 0 && status/100 == 5,

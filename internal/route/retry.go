@@ -42,13 +42,19 @@ func asks(name []byte) bool {
 	return len(name) > len(family) && equalFold(name[:len(family)], family)
 }
 
+// asksForRetries reports whether a field may ask for retries. The edge adds others of the family to each request.
+func asksForRetries(name []byte) bool {
+	const family = "x-envoy-retr"
+	return len(name) > len(family) && equalFold(name[:len(family)], family) || equalFold(name, maxRetriesField)
+}
+
 // RetryOf returns how a request with the plan is sent again, or nil if it is not. Its fields may ask for more than the route's
 // policy, and have the last word on the number of retries (Envoy's source/common/router/retry_state_impl.cc).
 func (p *Plan) RetryOf(r *Request) *mesh.RetryPolicy {
 	policy := p.Retry
 	if r.Fields != nil {
 		for i := range r.Fields.Len() {
-			if name, _ := r.Fields.At(i); asks(name) {
+			if name, _ := r.Fields.At(i); asksForRetries(name) {
 				policy = asked(policy, r.Fields)
 				break
 			}

@@ -67,7 +67,10 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 // detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take. An
 // outbound connection to a listener for HTTP is detected in any case as well, and may be idle before its first request.
 func (c *Conn) ReadFirst(detect bool) bool {
-	s := sniffers.Get().(*sniff.Sniffer)
+	s := c.sniffer
+	if s == nil { // else it has what was read with a PROXY header
+		s = sniffers.Get().(*sniff.Sniffer)
+	}
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	c.sniffer = s
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout

@@ -82,7 +82,7 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 		return handshakeReason(err), err
 	}
 	s := securityOf(session)
-	if c.role.describesCertificates() {
+	if c.role.describesCertificates() || showsCertificates(g.snapshot, g.chain) {
 		s.PeerCertificate, s.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
 	}
 	if g.secured, g.ended, g.names = true, g.chain.TLS, session.PeerNames(); c.role.gateway {

@@ -1,4 +1,4 @@
-package tracing
+package export
 
 import (
 	"context"
@@ -23,6 +23,8 @@ type result struct {
 	err      error
 }
 
+func (s *sink) Close(context.Context) {}
+
 func newSink() *sink { return &sink{make(chan int), make(chan result)} }
 
 func (s *sink) Send(ctx context.Context, request []byte) ([]byte, error) {
@@ -44,11 +46,11 @@ func spansIn(request []byte) (n int) {
 	var err error
 	for m := wire.Read(request, &err); m.Next(); {
 		for m := m.Message(); m.Next(); {
-			if m.Number != scopeSpans {
+			if m.Number != 2 {
 				continue
 			}
 			for m := m.Message(); m.Next(); {
-				if m.Number == spansOfScope {
+				if m.Number == OTLPItem {
 					n++
 				}
 			}
@@ -60,14 +62,21 @@ func spansIn(request []byte) (n int) {
 	return n
 }
 
+// The queue of the tests.
+const (
+	batch    = 512
+	maxQueue = 2048
+)
+
 type log struct{ strings.Builder }
 
 // start starts an exporter that sends at once, or only whole batches.
 func start(t *testing.T, s Sender, delay time.Duration) (*Exporter, *Counts, *log) {
 	t.Helper()
 	l, counts := new(log), new(Counts)
-	e := NewExporter(ExporterConfig{Sender: s, Target: "receiver", Counts: counts, Log: slog.New(slog.NewTextHandler(l, nil)),
-		Resource: []Resource{{"service.name", "a"}}, delay: delay, firstWait: 2 * time.Millisecond})
+	e := New(Config{Sender: s, Target: "receiver", Counts: counts, Log: slog.New(slog.NewTextHandler(l, nil)),
+		What:   "spans",
+		Levels: OTLP([]Resource{{"service.name", "a"}}, nil), Field: OTLPItem, Batch: batch, Most: maxQueue, Delay: delay, FirstWait: 2 * time.Millisecond})
 	t.Cleanup(func() {
 		e.end()
 		if !e.isStopped() {
@@ -98,13 +107,13 @@ func TestAReceiverThatHangsCostsSpansOnly(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
 	for range batch {
-		e.add([]byte{})
+		e.Add([]byte{})
 	}
 	if n := receive(t, s.got); n != batch {
 		t.Fatalf("a batch of %d spans", n)
 	}
 	for range maxQueue + 7 {
-		e.add([]byte{})
+		e.Add([]byte{})
 	}
 	if n := counts.Dropped.Load(); n != 7 {
 		t.Errorf("%d spans dropped, want 7", n)
@@ -119,14 +128,14 @@ func TestAReceiverThatHangsCostsSpansOnly(t *testing.T) {
 func TestTheQueueIsBoundedInBytes(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
-	for range maxBytes/maxSpan + 3 {
-		e.add(make([]byte, maxSpan-8))
+	for range maxBytes/MaxItem + 3 {
+		e.Add(make([]byte, MaxItem-8))
 	}
-	e.add(make([]byte, maxSpan+1))
+	e.Add(make([]byte, MaxItem+1))
 	e.mu.Lock()
 	size := len(e.queue)
 	e.mu.Unlock()
-	if n := counts.Dropped.Load(); n < 2 || size > maxBytes+maxSpan {
+	if n := counts.Dropped.Load(); n < 2 || size > maxBytes+MaxItem {
 		t.Errorf("%d spans dropped, %d bytes in the queue", n, size)
 	}
 }
@@ -134,16 +143,16 @@ func TestTheQueueIsBoundedInBytes(t *testing.T) {
 func TestABatchIsSentAgainAfterATemporaryErrorOnly(t *testing.T) {
 	s := newSink()
 	e, counts, l := start(t, s, time.Millisecond)
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	s.results <- result{err: &Temporary{Err: errors.New("busy")}}
 	receive(t, s.got) // again
 	s.results <- result{err: errors.New("forbidden")}
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	rejected := wire.AppendString(wire.AppendVarint(nil, 1, 1), 2, "bad name")
 	s.results <- result{response: wire.AppendBytes(nil, partialSuccess, rejected)}
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	s.results <- result{}
 	e.Close(context.Background())
@@ -158,8 +167,8 @@ func TestABatchIsSentAgainAfterATemporaryErrorOnly(t *testing.T) {
 func TestCloseSendsWhatIsLeft(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
-	e.add([]byte{})
-	e.add([]byte{})
+	e.Add([]byte{})
+	e.Add([]byte{})
 	closed := make(chan struct{})
 	go func() {
 		e.Close(context.Background())
@@ -170,7 +179,7 @@ func TestCloseSendsWhatIsLeft(t *testing.T) {
 	}
 	s.results <- result{}
 	receive(t, closed)
-	e.add([]byte{})
+	e.Add([]byte{})
 	if counts.Exported.Load() != 2 || counts.Dropped.Load() != 1 {
 		t.Errorf("%d exported, %d dropped", counts.Exported.Load(), counts.Dropped.Load())
 	}
