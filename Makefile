@@ -137,7 +137,7 @@ manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prom
 	($(IN_KUBERNETES) $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: controlplane
-controlplane: modules ## the client of a control plane, against go-control-plane's server
+controlplane: modules ## the client of a control plane, against go-control-plane's server, and expressions, against cel-go
 	(cd $(CONTROLPLANE) && CGO_ENABLED=0 $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: test-istiod
