@@ -64,7 +64,9 @@ func (m *heads) changes(s *stream, has seen) bool {
 }
 
 // edits reports whether the head of a request is edited.
-func (m *heads) edits(s *stream) bool { return editsRequest(s.plan) || s.normalized || len(s.edits) > 0 }
+func (m *heads) edits(s *stream) bool {
+	return editsRequest(s.plan) || s.normalized || len(s.edits) > 0
+}
 
 // appendRequest appends the header block of a request as it is sent upstream, with the added fields.
 func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field, has seen) []byte {

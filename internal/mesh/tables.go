@@ -140,6 +140,8 @@ var tables = []*message{
 	&orFilterFields,
 	&responseFlagFields,
 	&grpcStatusFields,
+	&headerFilterFields,
+	&logTypeFields,
 	&filterTypeFields,
 	&expressionFields,
 	&statsFields,
