@@ -57,14 +57,16 @@ func (m *heads) appendFields(block []byte, encoder *http2.Encoder, fields []http
 }
 
 // changes reports whether a request is sent with other fields than those it has.
-func (m *heads) changes(s *stream, has seen) bool {
+func (m *heads) changes(s *stream, fields []http2.Field, has seen) bool {
 	add := &s.settings.Fields
-	return m.Peers != nil || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
+	return m.Peers.changes(fields) || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
 		add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor
 }
 
 // edits reports whether the head of a request is edited.
-func (m *heads) edits(s *stream) bool { return editsRequest(s.plan) || s.normalized || len(s.edits) > 0 }
+func (m *heads) edits(s *stream) bool {
+	return editsRequest(s.plan) || s.normalized || len(s.edits) > 0
+}
 
 // appendRequest appends the header block of a request as it is sent upstream, with the added fields.
 func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field, has seen) []byte {
