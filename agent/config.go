@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
 	"github.com/pillion-proxy/pillion/internal/edge"
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/metrics"
@@ -37,7 +38,7 @@ type Config struct {
 	Metrics      Metrics
 	Status       Status
 
-	SpanAttributes []tracing.Resource // of this process, in spans that a control plane asks for; added to those of Workload
+	SpanAttributes []export.Resource // of this process, in spans that a control plane asks for; added to those of Workload
 	Workload       Workload
 
 	// SettingName spells a field of Config for people, such as --connect-timeout for ConnectTimeout. nil: as it is.

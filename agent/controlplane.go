@@ -37,7 +37,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound, Listeners: a.telling.follow})
 	if err != nil {
 		return err
 	}
@@ -56,6 +56,12 @@ func (a *Agent) addControlPlane() error {
 		return &FieldError{Field: "ControlPlane.Pod", Err: err}
 	}
 	a.plane.pod, a.plane.session, a.plane.peers = &pod, session, peers.New(pod.Node.ID(), description)
+	if logs := a.telling.planned; logs != nil {
+		logs.NodeID, logs.Cluster = pod.Node.ID(), pod.Node.Cluster
+		if logs.Node, err = pod.Node.Encode(); err != nil {
+			return &FieldError{Field: "ControlPlane.Pod", Err: err}
+		}
+	}
 	return nil
 }
 

@@ -36,7 +36,7 @@ func (a *Agent) addGateway(add func(*trafficListener)) error {
 		return err
 	}
 	a.authorizer, a.balancer = role.Role, role.Balancer()
-	a.telling.spans.exporters.Transport = role.Transport // before anything is carried
+	a.telling.reach(role.Transport)
 	l := &trafficListener{name: "gateway", direction: flow.Outbound, role: role, pool: pool}
 	add(l)
 	l.server.Dynamic = true

@@ -114,7 +114,7 @@ func (a *Agent) addListeners() error {
 		return err
 	}
 	a.balancer = outboundRole.Balancer()
-	a.telling.spans.exporters.Transport = outboundRole.Transport // before anything is carried
+	a.telling.reach(outboundRole.Transport)
 	add(&trafficListener{
 		name: "outbound", shown: admin.VirtualOutbound, direction: flow.Outbound, role: outboundRole, pool: outboundPool,
 		field: "Ports.Outbound", port: a.config.Ports.Outbound, addresses: loopback,

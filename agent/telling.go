@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"time"
 
@@ -88,7 +89,7 @@ func (a *Agent) tell() error {
 		t.access, t.noted = log, flow.NewNoted(log.Fields())
 		sinks = append(sinks, log)
 	case plane && c.Path != "off":
-		t.planned = &accesslog.Sinks{Noted: t.noted, Log: a.log}
+		t.planned = &accesslog.Sinks{Noted: t.noted, Log: a.log, Resource: a.attributes()}
 	}
 	if a.config.Ports.Metrics != 0 || a.config.Ports.Status != 0 || a.config.Ports.Admin != 0 {
 		t.metrics = metrics.New(a.config.Workload.Pod, metrics.Options{
@@ -105,6 +106,21 @@ func (a *Agent) tell() error {
 	a.traceRequests()
 	t.table = flow.NewTable(append(sinks, tracing.Sink{})...)
 	return nil
+}
+
+// reach sets what reaches the receivers of spans and records that a control plane names. Call it before anything is carried.
+func (t *telling) reach(transport func(cluster string, http2 bool) http.RoundTripper) {
+	t.spans.exporters.Transport = transport
+	if t.planned != nil {
+		t.planned.Transport = transport
+	}
+}
+
+// follow lets go of the access logs that other listeners had.
+func (t *telling) follow(s *mesh.Snapshot) {
+	if t.planned != nil {
+		t.planned.Keep(s.AccessLogs())
+	}
 }
 
 // known returns a part of the pod's description, or "" if it is unknown.

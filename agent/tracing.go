@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
@@ -11,7 +12,7 @@ import (
 type spans struct {
 	policy    *tracing.Policy   // of Config.Tracing; nil: there is none
 	exporters tracing.Exporters // that a control plane asks for
-	counts    tracing.Counts
+	counts    export.Counts
 }
 
 // traceRequests starts the exporter that the configuration asks for.
@@ -20,8 +21,13 @@ func (a *Agent) traceRequests() {
 	if o := a.config.Tracing; o != nil {
 		s.policy = o.Start(a.resource(), &s.counts, a.log)
 	}
-	s.exporters.Resource = tracing.WithDefaults(slices.Clone(a.config.SpanAttributes), a.resource())
+	s.exporters.Resource = a.attributes()
 	s.exporters.Counts, s.exporters.Log = &s.counts, a.log
+}
+
+// attributes are those of this process where a control plane names the receiver.
+func (a *Agent) attributes() []export.Resource {
+	return export.WithDefaults(slices.Clone(a.config.SpanAttributes), a.resource())
 }
 
 // exporters returns those that a control plane asks for; nil: there is no control plane.
@@ -34,7 +40,7 @@ func (a *Agent) exporters() *tracing.Exporters {
 
 // resource describes this workload in spans, by OpenTelemetry's names. The name of the service is the canonical one with
 // its namespace, as istiod gives it.
-func (a *Agent) resource() []tracing.Resource {
+func (a *Agent) resource() []export.Resource {
 	pod := &a.config.Workload.Pod
 	service, namespace := known(pod.CanonicalService), known(pod.Namespace)
 	if service == "" {
@@ -46,7 +52,7 @@ func (a *Agent) resource() []tracing.Resource {
 	case namespace != "":
 		service += "." + namespace
 	}
-	return []tracing.Resource{
+	return []export.Resource{
 		{Name: "service.name", Value: service},
 		{Name: "service.version", Value: known(pod.CanonicalRevision)},
 		{Name: "k8s.namespace.name", Value: namespace},

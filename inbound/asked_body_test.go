@@ -128,3 +128,56 @@ func TestAServerSeesBodiesByGRPC(t *testing.T) {
 		conn.Close()
 	}
 }
+
+// A server sees the client's certificate and the server name that it has asked for, and changes the query of a request. A connection
+// whose certificate was not kept for servers is not shown as one without a certificate.
+func TestAServerSeesCertificatesAndChangesQueries(t *testing.T) {
+	const mode = "STRICT, HTTP"
+	m := newMeshRig(t, mode)
+	var shown atomic.Int32
+	at := checker(t, func(request string) []byte {
+		if strings.Count(request, "-----BEGIN%20CERTIFICATE-----%0A") == 1 {
+			shown.Add(1)
+		}
+		parameter := wire.AppendString(wire.AppendString(nil, 1, "user"), 2, "a")
+		return checked(codeOK, 3, wire.AppendString(wire.AppendBytes(nil, 7, parameter), 8, "forged"))
+	})
+	m.configure(t, mode, nil, nil, nil)
+	old := m.connect(t, 81)
+	if response, _ := old.ask(t, "/", ""); response.StatusCode != 200 {
+		t.Fatal(response.Status)
+	}
+	m.Await(t)
+	m.configure(t, mode, custom(&mesh.ExtAuthz{
+		PeerCert: true, TLSSession: true, StatusOnError: 503, GRPC: &mesh.GRPCService{Cluster: "checker", Timeout: nettest.Patience},
+	}), nil, map[string]netip.AddrPort{"checker": at})
+	if response, _ := old.ask(t, "/admin", ""); response.StatusCode != 503 || shown.Load() != 0 {
+		t.Errorf("over an old connection: %s, a certificate was shown %d times", response.Status, shown.Load())
+	}
+	m.Await(t)
+	old.Close()
+	c := m.connect(t, 81)
+	for target, want := range map[string]string{"/admin": "/admin?user=a", "/admin/./x?%75ser=b&forged=1&y": "/admin/x?y&user=a"} {
+		response, _ := c.ask(t, target, "")
+		if got := response.Header.Get("Seen-Target"); response.StatusCode != 200 || got != want {
+			t.Errorf("%s: %s, the workload sees %s, want %s", target, response.Status, got, want)
+		}
+		if got := m.Await(t); got.Reason != flow.Completed {
+			t.Errorf("%s: %v", target, got.Reason)
+		}
+	}
+	c.Close()
+	over := m.http2(t, 81)
+	response, err := over.Get("http://shop.example/admin?forged=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if got := response.Header.Get("Seen-Target"); response.StatusCode != 200 || got != "/admin?user=a" {
+		t.Errorf("over HTTP/2: %s, the workload sees %s", response.Status, got)
+	}
+	m.Await(t)
+	if n := shown.Load(); n != 3 {
+		t.Errorf("a certificate was shown %d times, want 3", n)
+	}
+}

@@ -8,13 +8,13 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// namePermissive is pillion with the same control plane, which has no policies.
+// namePermissive is pillion with a control plane that has no policies.
 const namePermissive = "no policies"
 
 // policies is the number of policies. Each has 10 rules, and the load's requests are decided by the last one of all.
 const policies = 20
 
-// measurePolicies compares the agent with policies for requests inside mutual TLS with one that has none.
+// measurePolicies compares the agent with policies for requests inside mutual TLS with one without policies.
 func measurePolicies(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: fmt.Sprintf("CPU per HTTP/1.1 request inside inbound TLS, %d policies of 10 rules", policies), unit: "µs", promises: []promise{{1.05, namePermissive}}}
 	p := newMeshPod(t, k, buildControlPrograms(t))

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -41,6 +42,8 @@ type Log struct {
 	interval time.Duration
 	lines    sync.Pool // *line
 	writer   *writer
+	entry    encoder          // of a service, instead of format and writer; nil: a file
+	service  *export.Exporter // of entry
 
 	looked time.Time // time of the last call of Progress; not used elsewhere
 }
@@ -104,7 +107,12 @@ func (l *Log) write(r *flow.Record, lasted time.Duration) {
 		return
 	}
 	one := l.lines.Get().(*line)
-	l.format.build(one, r, lasted)
-	l.writer.put(one.buf)
+	if l.entry != nil {
+		one.entry = l.entry.append(one.entry[:0], one, r, lasted)
+		l.service.Add(one.entry)
+	} else {
+		l.format.build(one, r, lasted)
+		l.writer.put(one.buf)
+	}
 	l.lines.Put(one)
 }

@@ -15,6 +15,7 @@ const (
 	quoted                  // in text, between quotation marks
 	jsonString              // inside a JSON string
 	jsonValue               // as a whole JSON value
+	plain                   // as it is, apart from invalid UTF-8: a text of protobuf
 )
 
 // Bounds. A longer value ends in cutMark; in a full line the last values may consist of it alone. A format reserves room
@@ -30,10 +31,13 @@ type text interface{ ~string | ~[]byte }
 
 // special marks the bytes that may need an escape: control characters, DEL, quotation marks, backslashes, all bytes of
 // UTF-8 beyond ASCII, and in a bare value the space.
-var special = func() (t [4][256]bool) {
+var special = func() (t [5][256]bool) {
 	for s := range t {
 		for b := range 256 {
 			t[s][b] = b < ' ' || b == '"' || b == '\\' || b >= 0x7f || style(s) == bare && b == ' '
+			if style(s) == plain {
+				t[s][b] = b >= utf8.RuneSelf
+			}
 		}
 	}
 	return t
@@ -76,6 +80,10 @@ func appendSpecial(dst []byte, value string, s style) ([]byte, int) {
 	valid := r != utf8.RuneError || size > 1
 	inJSON := s == jsonString || s == jsonValue
 	switch {
+	case s == plain && valid:
+		return append(dst, value[:size]...), size
+	case s == plain:
+		return append(dst, '?'), size
 	case r == '\\' || inJSON && r == '"':
 		return append(dst, '\\', byte(r)), size
 	case r == '\n':

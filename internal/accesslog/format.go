@@ -281,7 +281,7 @@ type compiler struct {
 	problems []error
 }
 
-// template compiles a text. s is jsonString, or bare for lines of text, where quotation marks switch it to quoted and back.
+// template compiles a text. s is jsonString or plain, or bare for lines of text, where quotation marks switch it to quoted and back.
 func (c *compiler) template(text string, s style) error {
 	for i := 0; i < len(text); {
 		literal := text[i:]
@@ -293,7 +293,7 @@ func (c *compiler) template(text string, s style) error {
 			c.text = appendText(c.text, literal, s, maxLine)
 		} else {
 			c.text = append(c.text, literal...)
-			if strings.Count(literal, `"`)%2 == 1 {
+			if s != plain && strings.Count(literal, `"`)%2 == 1 {
 				s ^= bare ^ quoted
 			}
 		}

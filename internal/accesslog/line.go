@@ -14,6 +14,7 @@ import (
 // line is the memory for building a line. It caches the text of the last second, because records come in bursts.
 type line struct {
 	buf    []byte
+	entry  []byte // for a service
 	second int64
 	stamp  []byte
 }
@@ -288,38 +289,44 @@ func addText[T text](p *piece, dst []byte, value T) ([]byte, bool) {
 }
 
 func (p *piece) appendAddress(dst []byte, r *flow.Record) ([]byte, bool) {
-	var a netip.AddrPort
-	switch p.address {
-	case upstreamRemote:
-		if a = r.Upstream; r.Reason == flow.Loop {
-			return dst, false
-		}
-	case upstreamLocal:
-		a = r.UpstreamLocal
-	case downstreamLocal:
-		a = r.OriginalDestination
-	case downstreamRemote:
-		a = r.Downstream
-		if last := r.HTTP.ForwardedFor; last != nil && !r.HTTP.Edge {
-			last = bytes.TrimSpace(last[bytes.LastIndexByte(last, ',')+1:])
-			if forwarded := parseIP(last); forwarded.IsValid() {
-				a = netip.AddrPortFrom(forwarded, 0)
-			}
-		}
-	case downstreamDirect:
-		if a = r.Downstream; r.Connection != nil {
-			a = r.Connection.Downstream
-		}
-	}
-	switch {
+	switch a := p.address.of(r); {
 	case !a.IsValid():
 		return dst, false
 	case p.part == withoutPort:
 		return a.Addr().AppendTo(dst), true
 	case p.part == onlyPort:
 		return strconv.AppendUint(dst, uint64(a.Port()), 10), true
+	default:
+		return a.AppendTo(dst), true
 	}
-	return a.AppendTo(dst), true
+}
+
+// of returns the address in a record; invalid: the record does not have it.
+func (a address) of(r *flow.Record) netip.AddrPort {
+	switch a {
+	case upstreamRemote:
+		if r.Reason != flow.Loop {
+			return r.Upstream
+		}
+	case upstreamLocal:
+		return r.UpstreamLocal
+	case downstreamLocal:
+		return r.OriginalDestination
+	case downstreamRemote:
+		if last := r.HTTP.ForwardedFor; last != nil && !r.HTTP.Edge {
+			last = bytes.TrimSpace(last[bytes.LastIndexByte(last, ',')+1:])
+			if forwarded := parseIP(last); forwarded.IsValid() {
+				return netip.AddrPortFrom(forwarded, 0)
+			}
+		}
+		return r.Downstream
+	case downstreamDirect:
+		if r.Connection != nil {
+			return r.Connection.Downstream
+		}
+		return r.Downstream
+	}
+	return netip.AddrPort{}
 }
 
 // parseIP parses an address. A zone in client-supplied text is rejected. netip's parser allocates, because its error keeps

@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/cel"
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
@@ -20,12 +23,26 @@ type Sinks struct {
 	Noted *flow.Noted  // gets the fields that formats and filters look at
 	Log   *slog.Logger // of what cannot be carried out
 
-	mu     sync.Mutex
-	files  map[string]*writer
-	closed bool
+	// Of services, and set before anything is recorded: what sends requests to the endpoints of a cluster, the attributes of
+	// this process, and the node as the control plane has it, a message envoy.config.core.v3.Node.
+	Transport       func(cluster string, http2 bool) http.RoundTripper
+	Resource        []export.Resource
+	Node            []byte
+	NodeID, Cluster string // of the node
+
+	counts export.Counts // of all services
+
+	mu       sync.Mutex
+	files    map[string]*writer
+	services map[string]*export.Exporter
+	kept     map[string]bool // what is configured, by the keys of files and services; nil: not known yet
+	closed   bool
+
+	goneWritten, goneDropped uint64 // of files that were forgotten
 }
 
-// maxFiles bounds the files of access logs, each of which has a queue and a goroutine. Records for others are not written.
+// maxFiles bounds the files of access logs, each of which has a queue and a goroutine, and likewise the services. Records for
+// others are not written.
 const maxFiles = 8
 
 // envoyFormat is the format of a log without one.
@@ -46,7 +63,7 @@ func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
 				compiled = logs[i].Compiled.Load().(*Log)
 			}
 		}
-		if compiled.writer != nil {
+		if compiled.writer != nil || compiled.service != nil {
 			sinks = append(sinks, compiled)
 		}
 	}
@@ -55,12 +72,17 @@ func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
 
 // compile returns the log that c configures. An operator that is not understood is logged, and has no value.
 func (s *Sinks) compile(c *mesh.AccessLog) *Log {
-	l := &Log{writer: s.writer(c.Path), lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
-	format, problems := s.format(c)
-	for _, problem := range problems {
-		s.Log.Warn("access log format not honoured", "path", c.Path, "error", problem)
+	l := &Log{lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
+	to, problems := c.Path, []error(nil)
+	if c.Service != nil {
+		to, problems = s.serve(l, c.Service)
+	} else {
+		l.writer = s.writer(c.Path)
+		l.format, problems = s.format(c)
 	}
-	l.format = format
+	for _, problem := range problems {
+		s.Log.Warn("access log format not honoured", "path", to, "error", problem)
+	}
 	if c.Filter != nil {
 		l.when = s.bind(c.Filter)
 	}
@@ -126,7 +148,7 @@ func (s *Sinks) note(f *Format) (problems []error) {
 			name := names[from-base]
 			place, err := s.Noted.Add(name, base == fromResponse)
 			if err != nil {
-				problems = append(problems, fmt.Errorf("the field %s is not recorded: %w", name, err))
+				problems = append(problems, notRecorded(name, err))
 				p.does = verbMissing
 				break
 			}
@@ -134,6 +156,10 @@ func (s *Sinks) note(f *Format) (problems []error) {
 		}
 	}
 	return problems
+}
+
+func notRecorded(name string, err error) error {
+	return fmt.Errorf("the field %s is not recorded: %w", name, err)
 }
 
 // place returns where records have a field that an expression reads; negative: they do not.
@@ -155,13 +181,83 @@ func (s *Sinks) writer(path string) *writer {
 	if s.files == nil {
 		s.files = map[string]*writer{}
 	}
-	if len(s.files) == maxFiles {
-		s.Log.Error("too many access logs", "path", path, "limit", maxFiles)
+	if s.crowded(false, path) {
 		return nil
 	}
 	w := startWriter(path, 0, s.Log, nil)
+	w.park(s.gone(path))
 	s.files[path] = w
 	return w
+}
+
+// gone reports whether a file or service is not configured any more. s.mu is held.
+func (s *Sinks) gone(key string) bool { return s.kept != nil && !s.kept[key] }
+
+// crowded reports whether there are too many files, or services, for another one. s.mu is held.
+func (s *Sinks) crowded(services bool, target string) bool {
+	n := 0
+	for path := range s.files {
+		if !services && !s.gone(path) {
+			n++
+		}
+	}
+	for name := range s.services {
+		if services && !s.gone(name) {
+			n++
+		}
+	}
+	if n < maxFiles {
+		return false
+	}
+	s.Log.Error("too many access logs", "path", target, "limit", maxFiles)
+	return true
+}
+
+// maxGone bounds the files and services that were configured once: connections that began then may still be logged.
+const maxGone = 64
+
+// Keep closes the files and the connections to services that are not configured any more, as soon as what is queued is
+// written. They are opened again for connections that began before, and if they are configured again.
+func (s *Sinks) Keep(configured iter.Seq[[]mesh.AccessLog]) {
+	kept := map[string]bool{}
+	seen := map[*mesh.AccessLog]bool{}
+	for logs := range configured {
+		if len(logs) == 0 || seen[&logs[0]] {
+			continue
+		}
+		seen[&logs[0]] = true
+		for i := range logs {
+			kept[s.key(&logs[i])] = true
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.kept = kept
+	for path, w := range s.files {
+		gone := s.gone(path)
+		if w.park(gone); gone && len(s.files) > maxGone && w.forget() {
+			s.goneWritten += w.written.Load()
+			s.goneDropped += w.lost()
+			delete(s.files, path)
+		}
+	}
+	for name, e := range s.services {
+		gone := s.gone(name)
+		if e.Retire(gone); gone && len(s.services) > maxGone && e.Idle() {
+			delete(s.services, name)
+		}
+	}
+}
+
+// key returns what distinguishes the file or service of a log from others.
+func (s *Sinks) key(c *mesh.AccessLog) string {
+	if c.Service == nil {
+		return c.Path
+	}
+	return s.config(c.Service).name
 }
 
 // each returns the queues.
@@ -181,20 +277,31 @@ func (s *Sinks) Reopen() {
 	}
 }
 
-// Counts returns the numbers of lines that were written, and that were lost.
+// Counts returns the numbers of records that were written or sent, and that were lost.
 func (s *Sinks) Counts() (written, dropped uint64) {
+	s.mu.Lock()
+	written, dropped = s.goneWritten, s.goneDropped
+	s.mu.Unlock()
 	for _, w := range s.each() {
 		written += w.written.Load()
 		dropped += w.lost()
 	}
-	return written, dropped
+	return written + s.counts.Exported.Load(), dropped + s.counts.Dropped.Load() + s.counts.Failed.Load()
 }
 
-// Close writes what is queued and closes the files; see Log.Close. Later records are lost.
+// Close writes and sends what is queued and closes the files; see Log.Close. Later records are lost.
 func (s *Sinks) Close(ctx context.Context) (err error) {
 	s.mu.Lock()
 	s.closed = true
+	services := s.services
 	s.mu.Unlock()
+	before := s.counts.Failed.Load()
+	for _, e := range services {
+		e.Close(ctx)
+	}
+	if lost := s.counts.Failed.Load() - before; lost > 0 {
+		err = fmt.Errorf("closing access logs: %d records were not sent", lost)
+	}
 	for _, w := range s.each() {
 		err = errors.Join(err, w.close(ctx))
 	}

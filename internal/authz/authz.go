@@ -70,6 +70,7 @@ type rules struct {
 	action   mesh.Action
 	refused  bool
 	policies []policy
+	blocks   []block // of them
 }
 
 type policy struct {
@@ -106,11 +107,17 @@ func compileRules(r *mesh.Rules) *rules {
 		p := &r.Policies[i]
 		compiled.policies[i] = policy{p.Name, compile(&p.Permission), compile(&p.Principal), p.Unknown}
 	}
+	compiled.blocks = newBlocks(compiled.policies)
 	return compiled
 }
 
 func (r *rules) looksAtClient() bool {
-	return r != nil && slices.ContainsFunc(r.policies, func(p policy) bool { return p.permission.looksAtClient() || p.principal.looksAtClient() })
+	return r != nil && slices.ContainsFunc(r.policies, func(p policy) bool { return p.looksAt(mesh.ConditionClient) })
+}
+
+// looksAt reports whether p has a condition of a kind.
+func (p *policy) looksAt(kind mesh.ConditionKind) bool {
+	return p.permission.looksAt(kind) || p.principal.looksAt(kind)
 }
 
 // Verdict is the result of a Policy.
@@ -150,9 +157,8 @@ func (r *rules) judge(s *Subject) Verdict {
 	case r.refused:
 		return Verdict{Denied: r.action != mesh.Log, Refused: true}
 	}
-	for i := range r.policies {
-		p := &r.policies[i]
-		if met := p.met(s); met == yes || met == unknown && r.action == mesh.Deny {
+	for i := range r.blocks {
+		if p := r.blocks[i].match(s, r.action == mesh.Deny); p != nil {
 			return Verdict{Denied: r.action == mesh.Deny, Matched: p.name}
 		}
 	}

@@ -19,37 +19,6 @@ type condition struct {
 	of      []condition
 	text    match.Text     // of its Text, or of its header's Text
 	pattern *regexp.Regexp // of its template
-
-	// A value that the pseudo-header field guard must have, or the condition is not met. Most rules are excluded by it, without
-	// a look at the rest.
-	guard     pseudo // notPseudo: c has no guard
-	guardText string
-}
-
-// protect sets the guard: a condition on an exact value, or the first one of several that all have to be met.
-func (c *condition) protect() {
-	switch {
-	case c.kind == mesh.ConditionAll:
-		for i := range c.of {
-			if c.of[i].guard != notPseudo {
-				c.guard, c.guardText = c.of[i].guard, c.of[i].guardText
-				return
-			}
-		}
-	case c.kind == mesh.ConditionHeader && c.name != notPseudo:
-		if h := c.Header; h.Kind == mesh.HeaderText && h.Text.Kind == mesh.MatchExact && !h.Text.IgnoreCase && !h.Invert && !h.MissingIsEmpty {
-			c.guard, c.guardText = c.name, h.Text.Text
-		}
-	}
-}
-
-// excluded reports whether the guard of c excludes a request. Its value is negative then.
-func (c *condition) excluded(r *Request) bool {
-	if c.guard == notPseudo || r == nil {
-		return false
-	}
-	value, _ := r.pseudo(c.guard)
-	return string(value) != c.guardText
 }
 
 func compile(c *mesh.Condition) condition {
@@ -68,12 +37,11 @@ func compile(c *mesh.Condition) condition {
 	case c.Kind == mesh.ConditionTemplate:
 		compiled.pattern = compileTemplate(c.Template)
 	}
-	compiled.protect()
 	return compiled
 }
 
-func (c *condition) looksAtClient() bool {
-	return c.Kind == mesh.ConditionClient || slices.ContainsFunc(c.of, func(c condition) bool { return c.looksAtClient() })
+func (c *condition) looksAt(kind mesh.ConditionKind) bool {
+	return c.kind == kind || slices.ContainsFunc(c.of, func(c condition) bool { return c.looksAt(kind) })
 }
 
 // met returns the value of a condition.
@@ -90,9 +58,7 @@ func (c *condition) met(s *Subject) value {
 	case mesh.ConditionAny:
 		some := no
 		for i := 0; i < len(c.of) && some != yes; i++ {
-			if !c.of[i].excluded(s.Request) {
-				some = max(some, c.of[i].met(s))
-			}
+			some = max(some, c.of[i].met(s))
 		}
 		return some
 	case mesh.ConditionNot:

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -32,6 +33,7 @@ type Question struct {
 	Source, Destination netip.AddrPort // the peer, and the original destination
 	SourceName          string         // the first name in the client's certificate; empty: none
 	DestinationName     string         // the workload's SPIFFE ID; empty: not known
+	Certificate         string         // of the client, in PEM with the bytes encoded that URLs do not have; empty: none, or not sent
 	ServerName          string         // of the ClientHello; empty: none
 	At                  time.Time
 
@@ -61,6 +63,36 @@ type Answer struct {
 	Edits         []route.Edit   // of its header
 	ResponseEdits []route.Edit   // of its response's header
 	Metadata      match.Metadata // for later filters; may be nil
+	Parameters    []Parameter    // of its query, that are set or removed
+}
+
+// Parameter is a change of a parameter of a query.
+type Parameter struct {
+	Name, Value string
+	Remove      bool
+}
+
+// Target returns the path of a request with the query that the answer makes of its own. Names are compared in their decoded form,
+// in which a server reads them. Parameters that are set follow the others.
+func (a *Answer) Target(path string) string {
+	before, query, _ := strings.Cut(path, "?")
+	var kept []string
+	for p := range strings.SplitSeq(query, "&") {
+		name, _, _ := strings.Cut(p, "=")
+		name = decoded(name)
+		if p != "" && !slices.ContainsFunc(a.Parameters, func(c Parameter) bool { return decoded(c.Name) == name }) {
+			kept = append(kept, p)
+		}
+	}
+	for i, p := range a.Parameters { // the last change of a name counts
+		if !p.Remove && !slices.ContainsFunc(a.Parameters[i+1:], func(c Parameter) bool { return c.Name == p.Name }) {
+			kept = append(kept, p.Name+"="+p.Value)
+		}
+	}
+	if len(kept) > 0 {
+		before += "?" + strings.Join(kept, "&")
+	}
+	return before
 }
 
 // Bounds of what is read.
@@ -72,6 +104,13 @@ const (
 // defaultTimeout is that of a server without one in its configuration. Envoy does not wait then; the configuration always
 // has one.
 const defaultTimeout = 200 * time.Millisecond
+
+func decoded(name string) string {
+	if plain, err := url.QueryUnescape(name); err == nil {
+		return plain
+	}
+	return name
+}
 
 // Ask asks the server of e. ctx ends the call early.
 func Ask(ctx context.Context, caller Caller, e *mesh.ExtAuthz, q *Question) *Answer {

@@ -25,7 +25,7 @@ func askGRPC(ctx context.Context, caller Caller, e *mesh.ExtAuthz, q *Question) 
 	if err != nil {
 		return nil, err
 	}
-	return parseResponse(message)
+	return parseResponse(message, e)
 }
 
 // checkRequest returns an envoy.service.auth.v3.CheckRequest.
@@ -33,6 +33,9 @@ func checkRequest(e *mesh.ExtAuthz, q *Question) []byte {
 	var source, destination []byte
 	source = wire.AppendBytes(source, 1, address(q.Source.Addr().Unmap().String(), q.Source.Port()))
 	destination = wire.AppendBytes(destination, 1, address(q.Destination.Addr().Unmap().String(), q.Destination.Port()))
+	if e.PeerCert && q.Certificate != "" {
+		source = wire.AppendString(source, 5, q.Certificate)
+	}
 	if q.SourceName != "" {
 		source = wire.AppendString(source, 4, text(q.SourceName))
 	}
@@ -51,6 +54,9 @@ func checkRequest(e *mesh.ExtAuthz, q *Question) []byte {
 	attributes = wire.AppendBytes(attributes, 4, request)
 	for _, c := range q.Context {
 		attributes = wire.AppendBytes(attributes, 10, pair(c.Name, text(c.Value)))
+	}
+	if e.TLSSession && q.ServerName != "" {
+		attributes = wire.AppendBytes(attributes, 12, wire.AppendString(nil, 1, text(q.ServerName)))
 	}
 	return wire.AppendBytes(nil, 1, attributes)
 }
@@ -140,7 +146,7 @@ func joined(fields []route.Field) (list []route.Field) {
 }
 
 // parseResponse reads an envoy.service.auth.v3.CheckResponse. The code OK allows.
-func parseResponse(b []byte) (*Answer, error) {
+func parseResponse(b []byte, e *mesh.ExtAuthz) (*Answer, error) {
 	var err error
 	code := uint64(0)
 	a := &Answer{}
@@ -168,10 +174,13 @@ func parseResponse(b []byte) (*Answer, error) {
 	case code != 0:
 		a = denied(http.StatusForbidden, "", nil)
 	case allowed != nil:
-		err2 := parseAllowed(*allowed, a)
+		err2 := parseAllowed(*allowed, a, e.Validate)
 		if err == nil {
 			err = err2
 		}
+	}
+	if e.NoMetadata {
+		a.Metadata = nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the answer of the server: %w", err)
@@ -192,7 +201,7 @@ func parseDenied(m wire.Message) *Answer {
 				}
 			}
 		case 2:
-			f, _ := headerOption(m.Message())
+			f, _, _ := headerOption(m.Message())
 			if editable(f.Name, f.Value) && len(fields) < maxEdits {
 				fields = append(fields, f)
 			}
@@ -205,33 +214,64 @@ func parseDenied(m wire.Message) *Answer {
 
 // parseAllowed reads an OkHttpResponse. A change that is not carried out is an error: the server may have allowed the request
 // because of it.
-func parseAllowed(m wire.Message, a *Answer) (err error) {
+func parseAllowed(m wire.Message, a *Answer, validate bool) (err error) {
 	for err == nil && m.Next() {
 		switch m.Number {
 		case 2:
-			a.Edits, err = appendOption(a.Edits, m.Message())
+			a.Edits, err = appendOption(a.Edits, m.Message(), validate)
 		case 5:
 			a.Edits, err = appendRemoval(a.Edits, m.String())
 		case 6:
-			a.ResponseEdits, err = appendOption(a.ResponseEdits, m.Message())
+			a.ResponseEdits, err = appendOption(a.ResponseEdits, m.Message(), validate)
 		case 3:
-			if a.Metadata == nil {
-				a.Metadata = structure(m.Message())
-			}
+			a.Metadata = structure(m.Message()) // it overrides that of the answer
 		case 7, 8:
-			err = fmt.Errorf("it changes parameters of the query, which is not supported")
+			p := Parameter{Remove: m.Number == 8}
+			if p.Remove {
+				p.Name = m.String()
+			} else {
+				p.Name, p.Value = keyValue(m.Message())
+			}
+			a.Parameters = append(a.Parameters, p)
+			if !p.Remove {
+				err = p.check()
+			}
 		}
-		if err == nil && len(a.Edits)+len(a.ResponseEdits) > maxEdits {
-			err = fmt.Errorf("it has more than %d header fields", maxEdits)
+		if err == nil && len(a.Edits)+len(a.ResponseEdits)+len(a.Parameters) > maxEdits {
+			err = fmt.Errorf("it has more than %d header fields and parameters", maxEdits)
 		}
 	}
 	return err
 }
 
+func keyValue(m wire.Message) (key, value string) {
+	for m.Next() {
+		switch m.Number {
+		case 1:
+			key = m.String()
+		case 2:
+			value = m.String()
+		}
+	}
+	return key, value
+}
+
+// check rejects a parameter that would break the target of a request.
+func (p *Parameter) check() error {
+	for _, c := range []byte(p.Name + p.Value) {
+		if c <= ' ' || c > '~' || c == '#' || c == '&' {
+			return fmt.Errorf("its parameter %.64q has characters that a query does not have", p.Name)
+		}
+	}
+	return nil
+}
+
 // appendOption appends the edit of a HeaderValueOption.
-func appendOption(edits []route.Edit, m wire.Message) ([]route.Edit, error) {
-	f, action := headerOption(m)
+func appendOption(edits []route.Edit, m wire.Message, validate bool) ([]route.Edit, error) {
+	f, action, known := headerOption(m)
 	switch {
+	case !known && validate:
+		return nil, fmt.Errorf("the append action of its header field %.64q is not known", f.Name)
 	case !mesh.Editable(f.Name) || slices.Contains(framingFields, f.Name):
 		return nil, fmt.Errorf("it sets the header field %.64q, which is not supported", f.Name)
 	case !mesh.FieldValue(f.Value):
@@ -243,9 +283,10 @@ func appendOption(edits []route.Edit, m wire.Message) ([]route.Edit, error) {
 }
 
 // headerOption reads an envoy.config.core.v3.HeaderValueOption. Without append and append_action, the field is replaced: that
-// is the default of this API.
-func headerOption(m wire.Message) (f route.Field, action mesh.EditAction) {
-	action = mesh.OverwriteOrAdd
+// is the default of this API. As with Envoy, append takes precedence, and a field whose action is not known is replaced.
+func headerOption(m wire.Message) (f route.Field, action mesh.EditAction, known bool) {
+	action, known = mesh.OverwriteOrAdd, true
+	decided := false
 	for m.Next() {
 		switch m.Number {
 		case 1:
@@ -260,18 +301,24 @@ func headerOption(m wire.Message) (f route.Field, action mesh.EditAction) {
 				}
 			}
 		case 2:
+			action, decided, known = mesh.OverwriteOrAdd, true, true
 			for m := m.Message(); m.Next(); {
 				if m.Number == 1 && m.Bool() {
 					action = mesh.AppendOrAdd
 				}
 			}
 		case 3:
-			if a := m.Uint64(); a != 0 && a <= uint64(mesh.OverwriteIfPresent) {
+			a := m.Uint64()
+			switch {
+			case decided || a == 0:
+			case a <= uint64(mesh.OverwriteIfPresent):
 				action = mesh.EditAction(a)
+			default:
+				known = false
 			}
 		}
 	}
-	return f, action
+	return f, action, known
 }
 
 // structure reads a google.protobuf.Struct.

@@ -3,6 +3,7 @@ package extauthz
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -59,8 +60,12 @@ func TestAChangeThatIsNotCarriedOutAllowsNothing(t *testing.T) {
 		"removal of a pseudo-header":     {5, []byte(":path"), false},
 		"removal of the length":          {5, []byte("content-length"), true},
 		"removal of something not named": {5, []byte("a b"), true},
-		"a parameter of the query":       {7, pair("a", "b"), true},
-		"removal of a parameter":         {8, []byte("a"), true},
+		"a parameter of the query":       {7, pair("a", "b"), false},
+		"removal of a parameter":         {8, []byte("a"), false},
+		"a parameter with a space":       {7, pair("a", "b c"), true},
+		"a parameter with a fragment":    {7, pair("a", "b#c"), true},
+		"a parameter with another":       {7, pair("a", "b&c=d"), true},
+		"a parameter with a line break":  {7, pair("a\n", "b"), true},
 	} {
 		message := allowing(wire.AppendBytes(nil, c.number, c.content))
 		if a := asked(message, false); a.Denied != c.fails || (a.Err != nil) != c.fails || c.fails && a.Reply.Status != 503 {
@@ -105,6 +110,85 @@ func TestRemovalsOfAServerThatIsAskedByHTTP(t *testing.T) {
 		}
 		if got != want {
 			t.Errorf("%q: %q, %v", list, got, err)
+		}
+	}
+}
+
+// A server sets and removes parameters of the query, also where clients encode their names.
+func TestParametersOfTheQueryAreChanged(t *testing.T) {
+	set := func(name, value string) []byte { return wire.AppendBytes(nil, 7, pair(name, value)) }
+	remove := func(name string) []byte { return wire.AppendString(nil, 8, name) }
+	for name, c := range map[string]struct {
+		path    string
+		changes [][]byte
+		want    string
+	}{
+		"a new one":               {"/p", [][]byte{set("a", "1")}, "/p?a=1"},
+		"another value":           {"/p?a=0&b=2&a=3", [][]byte{set("a", "1")}, "/p?b=2&a=1"},
+		"an encoded name":         {"/p?%61=0&b=2", [][]byte{set("a", "1")}, "/p?b=2&a=1"},
+		"a removal":               {"/p?a=0&b=%20", [][]byte{remove("a")}, "/p?b=%20"},
+		"a removal of all":        {"/p?a=0&%61&a", [][]byte{remove("a")}, "/p"},
+		"a removal, encoded":      {"/p?a%20b=0&c", [][]byte{remove("a b")}, "/p?c"},
+		"a removal after a value": {"/p?a=0", [][]byte{set("a", "1"), remove("a")}, "/p"},
+		"the last of two values":  {"/p?x", [][]byte{set("a", "1"), set("a", "2")}, "/p?x&a=2"},
+		"no query":                {"/p", [][]byte{remove("a")}, "/p"},
+		"a broken escape":         {"/p?%zz=1&a", [][]byte{remove("a")}, "/p?%zz=1"},
+	} {
+		a := asked(allowing(slices.Concat(c.changes...)), false)
+		if got := a.Target(c.path); a.Denied || got != c.want {
+			t.Errorf("%s: %q, %v; want %q", name, got, a.Err, c.want)
+		}
+	}
+}
+
+// Actions of header fields are those of Envoy: append takes precedence, and an unknown action replaces, unless answers are
+// validated.
+func TestActionsOfHeaderFields(t *testing.T) {
+	appended := func(yes uint64) []byte { return wire.AppendBytes(nil, 2, wire.AppendVarint(nil, 1, yes)) }
+	action := func(n uint64) []byte { return wire.AppendVarint(nil, 3, n) }
+	for name, c := range map[string]struct {
+		option  []byte
+		want    mesh.EditAction
+		invalid bool
+	}{
+		"none":                        {nil, mesh.OverwriteOrAdd, false},
+		"append":                      {appended(1), mesh.AppendOrAdd, false},
+		"not append":                  {appended(0), mesh.OverwriteOrAdd, false},
+		"add if absent":               {action(1), mesh.AddIfAbsent, false},
+		"overwrite or add":            {action(2), mesh.OverwriteOrAdd, false},
+		"overwrite if present":        {action(3), mesh.OverwriteIfPresent, false},
+		"not append, and an action":   {append(appended(0), action(1)...), mesh.OverwriteOrAdd, false},
+		"an action, and append":       {append(action(1), appended(1)...), mesh.AppendOrAdd, false},
+		"unknown":                     {action(9), mesh.OverwriteOrAdd, true},
+		"unknown, and append":         {append(action(9), appended(1)...), mesh.AppendOrAdd, false},
+		"the default, as it is known": {action(0), mesh.OverwriteOrAdd, false},
+	} {
+		message := allowing(wire.AppendBytes(nil, 2, append(option("x-a", "v"), c.option...)))
+		for _, validate := range []bool{false, true} {
+			e := mesh.ExtAuthz{GRPC: &mesh.GRPCService{}, StatusOnError: 503, Validate: validate}
+			a := Ask(context.Background(), replies(message), &e, &Question{Request: &Request{}})
+			if fails := validate && c.invalid; a.Denied != fails || !fails && (len(a.Edits) != 1 || a.Edits[0].Action != c.want) {
+				t.Errorf("%s, validated %v: %+v", name, validate, a)
+			}
+		}
+	}
+}
+
+// Metadata of the answer's content overrides that of the answer, and may be ignored.
+func TestMetadataOfAnswers(t *testing.T) {
+	metadata := func(value string) []byte {
+		return wire.AppendBytes(nil, 1, wire.AppendBytes(wire.AppendString(nil, 1, "k"), 2, wire.AppendString(nil, 3, value)))
+	}
+	outer := wire.AppendBytes(nil, 4, metadata("outer"))
+	for want, message := range map[string][]byte{
+		"outer": append(allowing(nil), outer...), "inner": append(allowing(wire.AppendBytes(nil, 3, metadata("inner"))), outer...),
+	} {
+		for _, ignored := range []bool{false, true} {
+			e := mesh.ExtAuthz{GRPC: &mesh.GRPCService{}, NoMetadata: ignored}
+			a := Ask(context.Background(), replies(message), &e, &Question{Request: &Request{}})
+			if got, _ := a.Metadata["k"].(string); a.Denied || (got == want) == ignored {
+				t.Errorf("%s, ignored %v: %v", want, ignored, a.Metadata)
+			}
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 )
@@ -163,6 +164,20 @@ func (s *Stream) Receive() ([]byte, error) {
 		return nil, s.err
 	}
 	return readMessage(s.response, s.limit)
+}
+
+// Refused returns the error with which the server refuses the call, if it does so within a time; nil: it has not.
+func (s *Stream) Refused(ctx context.Context, within time.Duration) error {
+	timer := time.NewTimer(within)
+	defer timer.Stop()
+	select {
+	case <-s.opened:
+		return s.err
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // CloseSend ends our side of the stream.

@@ -127,7 +127,7 @@ func (m *heads) recordResponse(s *stream, status int, after time.Duration, field
 
 // appendResponse appends the header block of a final response as it is sent downstream.
 func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field) []byte {
-	timed, named := s.settings.Fields.ServiceTime, m.names(fields)
+	timed, named, echoes := s.settings.Fields.ServiceTime, m.names(fields), s.repliesToID()
 	var e *edited
 	if editsResponse(s.plan) {
 		e = m.editResponse(s, fields)
@@ -147,6 +147,10 @@ func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, 
 			if named {
 				continue
 			}
+		case requestIDField:
+			if echoes {
+				continue
+			}
 		case peerMetadataField, peerMetadataIDField:
 			if m.Peers != nil {
 				continue
@@ -164,9 +168,15 @@ func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, 
 		value := strconv.FormatInt(s.http.ServiceTime.Milliseconds(), 10)
 		block = encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	if echoes {
+		block = encoder.AppendLiteral(block, requestIDField, s.http.ID)
+	}
 	block = m.Peers.appendFields(block, encoder, s.introduced)
 	return block
 }
+
+// repliesToID reports whether the response gets the ID of the request.
+func (s *stream) repliesToID() bool { return s.settings.edge.repliesToID() && len(s.http.ID) > 0 }
 
 // names reports whether a response with these fields gets the server's name.
 func (m *heads) names(fields []http2.Field) bool {

@@ -43,13 +43,22 @@ type Text struct {
 	Want       string
 	ignoreCase bool           // of ASCII letters; not of regular expressions
 	pattern    *regexp.Regexp // of MatchRegex; nil: it cannot be compiled
+
+	// Of patterns that istiod writes for namespaces and for any name. They need no regular expression.
+	within   string // not empty: the pattern is that of texts with this one
+	nonEmpty bool   // the pattern is that of all texts except the empty one
 }
 
 // Compile returns the Text of a matcher.
 func Compile(m *mesh.StringMatcher) Text {
 	t := literal(m)
 	if m.Kind == mesh.MatchRegex {
-		t.pattern = pattern(m.Text)
+		t.pattern, t.nonEmpty = pattern(m.Text), m.Text == ".+"
+		if within, ok := strings.CutPrefix(m.Text, ".*"); ok && strings.HasSuffix(within, ".*") {
+			if within = within[:len(within)-2]; within == regexp.QuoteMeta(within) {
+				t.within = within
+			}
+		}
 	}
 	return t
 }
@@ -76,6 +85,12 @@ func (t *Text) Match(b []byte) Value {
 	if t.pattern == nil || !utf8.Valid(b) || bytes.IndexByte(b, '\n') >= 0 {
 		return unmatchable
 	}
+	switch {
+	case t.nonEmpty:
+		return Of(len(b) > 0)
+	case t.within != "":
+		return Of(bytes.Contains(b, []byte(t.within)))
+	}
 	return Of(t.pattern.Match(b))
 }
 
@@ -86,6 +101,12 @@ func (t *Text) MatchString(s string) Value {
 	}
 	if t.pattern == nil || !utf8.ValidString(s) || strings.IndexByte(s, '\n') >= 0 {
 		return unmatchable
+	}
+	switch {
+	case t.nonEmpty:
+		return Of(s != "")
+	case t.within != "":
+		return Of(strings.Contains(s, t.within))
 	}
 	return Of(t.pattern.MatchString(s))
 }

@@ -37,6 +37,17 @@ func TestTexts(t *testing.T) {
 		{mesh.MatchRegex, "a.", false, "a\xff", Unknown},
 		{mesh.MatchRegex, "a$", false, "a\n", Unknown},
 		{mesh.MatchRegex, "(", false, "a", Unknown},
+		{mesh.MatchRegex, ".*/ns/a/.*", false, "x/ns/a/y", Yes},
+		{mesh.MatchRegex, ".*/ns/a/.*", false, "/ns/a/", Yes},
+		{mesh.MatchRegex, ".*/ns/a/.*", false, "/ns/ab/", No},
+		{mesh.MatchRegex, ".*/ns/a/.*", false, "/ns/a/\xff", Unknown},
+		{mesh.MatchRegex, ".*/ns/a/.*", false, "/ns/a/\n", Unknown},
+		{mesh.MatchRegex, ".*a.b.*", false, "axb", Yes},
+		{mesh.MatchRegex, ".*", false, "a", Yes},
+		{mesh.MatchRegex, ".*.*", false, "", Yes},
+		{mesh.MatchRegex, ".+", false, "", No},
+		{mesh.MatchRegex, ".+", false, "a", Yes},
+		{mesh.MatchRegex, ".+", false, "a\nb", Unknown},
 		{mesh.MatchRegex, "a)|(b", false, "b", Unknown}, // not a pattern, although it would be one within a group
 	} {
 		m := Compile(&mesh.StringMatcher{Kind: c.kind, Text: c.text, IgnoreCase: c.fold})

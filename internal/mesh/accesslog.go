@@ -8,9 +8,11 @@ import (
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
 
-// AccessLog is a file that records are written to (envoy.extensions.access_loggers.file.v3.FileAccessLog).
+// AccessLog is a file that records are written to (envoy.extensions.access_loggers.file.v3.FileAccessLog), or a service that
+// they are sent to.
 type AccessLog struct {
-	Path string
+	Path    string
+	Service *LogService `json:",omitzero"` // nil: a file
 
 	// Text is the format of a line. JSON is a google.protobuf.Struct: the format of a line that is a JSON object. If both
 	// are empty, the format is Envoy's.
@@ -42,8 +44,11 @@ func (d *decoder) accessLogs(m *wire.Message, logs *[]AccessLog) {
 	}
 }
 
-// accessLog returns a log, if it is supported.
+// accessLog returns a log, if it is supported. Its findings never concern security.
 func (d *decoder) accessLog(m wire.Message) []AccessLog {
+	refusals, shadow := d.refusals, d.shadow
+	d.shadow = true
+	defer func() { d.shadow, d.refusals = shadow, refusals }()
 	logs := make([]AccessLog, 1)
 	log := &logs[0]
 	supported := false
@@ -53,17 +58,40 @@ func (d *decoder) accessLog(m wire.Message) []AccessLog {
 			log.Filter = d.logFilter(m.Message())
 		case 4:
 			url, value := d.any(m.Message())
-			if supported = url == fileLogType; supported {
-				d.fileLog(m.Nested(value), log)
-			} else {
-				d.report(Traffic, "access logs of type "+shortType(url)+" are not supported")
-			}
+			supported = d.logOf(url, m.Nested(value), log)
 		}
 	}
 	if !supported {
 		return nil
 	}
 	return logs
+}
+
+// logOf reads a log of a type, and reports whether it is supported.
+func (d *decoder) logOf(url string, m wire.Message, log *AccessLog) bool {
+	switch url {
+	case fileLogType:
+		d.fileLog(m, log)
+		return true
+	case httpServiceType, tcpServiceType:
+		log.Service = &LogService{Kind: HTTPLogs}
+		if url == tcpServiceType {
+			log.Service.Kind = TCPLogs
+		}
+		d.streamedLog(m, log.Service)
+	case openTelemetryType:
+		log.Service = &LogService{Kind: OpenTelemetryLogs}
+		d.openTelemetryLog(m, log.Service)
+	default:
+		d.report(Traffic, "access logs of type "+shortType(url)+" are not supported")
+		return false
+	}
+	to := &log.Service.To
+	if to.GRPC != nil && to.GRPC.Cluster != "" || to.HTTP != nil && to.HTTP.Cluster != "" {
+		return true
+	}
+	d.report(Traffic, "no cluster to send records to")
+	return false
 }
 
 var fileLogFields = message{"envoy.extensions.access_loggers.file.v3.FileAccessLog", Cosmetic, []field{

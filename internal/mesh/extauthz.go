@@ -27,7 +27,10 @@ type ExtAuthz struct {
 	NotHeaders []StringMatcher // that are not sent, even if Headers has them
 	RawHeaders bool            // values are sent as bytes
 	Body       *AuthzBody      // nil: the body is not sent
-	PeerCert   bool            // the client's certificate is sent
+	PeerCert   bool            // the client's certificate is sent, by gRPC
+	TLSSession bool            // the server name that the client has asked for is sent, by gRPC
+	Validate   bool            // an answer with unknown actions for header fields is an error
+	NoMetadata bool            // metadata of an answer is ignored
 
 	Reroute bool // the route is chosen again afterwards
 	Shadow  bool // the answer is not enforced
@@ -89,16 +92,16 @@ var httpExtAuthzFields = message{extAuthzType, Security, []field{
 	15: {"bootstrap_metadata_labels_key", security},
 	16: {"typed_metadata_context_namespaces", security},
 	17: {"allowed_headers", once},
-	18: {"include_tls_session", security},
+	18: {"include_tls_session", decoded},
 	19: {"failure_mode_allow_header_add", decoded},
 	20: {"charge_cluster_response_stats", ignored},
 	21: {"route_metadata_context_namespaces", security},
 	22: {"route_typed_metadata_context_namespaces", security},
 	23: {"encode_raw_headers", decoded},
-	24: {"validate_mutations", security},
+	24: {"validate_mutations", decoded},
 	25: {"disallowed_headers", once},
 	26: {"decoder_header_mutation_rules", security},
-	27: {"enable_dynamic_metadata_ingestion", security}, // a policy may match it
+	27: {"enable_dynamic_metadata_ingestion", once},
 	28: {"filter_metadata", ignored},
 	29: {"emit_filter_state_stats", ignored},
 	30: {"max_denied_response_body_bytes", traffic},
@@ -143,10 +146,16 @@ func (d *decoder) httpExtAuthz(m wire.Message) *ExtAuthz {
 			d.sentHeaders(m.Message(), e)
 		case 19:
 			e.MarkFailure = m.Bool()
+		case 18:
+			e.TLSSession = m.Bool()
 		case 23:
 			e.RawHeaders = m.Bool()
+		case 24:
+			e.Validate = m.Bool()
 		case 25:
 			e.NotHeaders = d.stringMatchers(m.Message())
+		case 27:
+			e.NoMetadata = !d.boolValue(m.Message())
 		case 32:
 			e.Shadow = m.Bool()
 		}
@@ -171,7 +180,7 @@ var networkExtAuthzFields = message{networkExtAuthzType, Security, []field{
 	5:  {"transport_api_version", decoded},
 	6:  {"filter_enabled_metadata", once},
 	7:  {"bootstrap_metadata_labels_key", security},
-	8:  {"include_tls_session", security},
+	8:  {"include_tls_session", decoded},
 	9:  {"send_tls_alert_on_denial", traffic},
 	10: {"metadata_context_namespaces", security},
 	11: {"typed_metadata_context_namespaces", security},
@@ -194,6 +203,8 @@ func (d *decoder) networkExtAuthz(m wire.Message) *ExtAuthz {
 			d.apiVersion(&m)
 		case 6:
 			e.When = new(d.metadataMatcher(m.Message()))
+		case 8:
+			e.TLSSession = m.Bool()
 		case 12:
 			e.Shadow = m.Bool()
 		}

@@ -182,7 +182,6 @@ func (d *decoder) networkFilter(m wire.Message, c *FilterChain) (closed bool) {
 			case networkExtAuthzType:
 				f.ExtAuthz = share(d, url, config, func() *ExtAuthz { return d.networkExtAuthz(value) })
 				d.carry(url, f.Restricts())
-				d.carryAuthz(f.ExtAuthz)
 			case sniClusterType:
 				d.fields(value, &sniClusterFields)
 			case statsType:

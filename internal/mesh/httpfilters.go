@@ -180,7 +180,6 @@ func (d *decoder) httpFilter(m wire.Message) (f HTTPFilter) {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
-	d.carryAuthz(f.ExtAuthz)
 	f.Refused = d.refusals > before
 	return f
 }
@@ -274,7 +273,6 @@ func (d *decoder) extensionConfig(m wire.Message) *HTTPFilter {
 		}
 	}
 	d.carry(f.Type, f.Restricts())
-	d.carryAuthz(f.ExtAuthz)
 	d.judgeFilter(f)
 	f.Refused = d.refusals > before
 	return f

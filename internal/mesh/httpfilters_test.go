@@ -28,7 +28,7 @@ func decodeExtension(t *testing.T, url string, config ...[]byte) (*HTTPFilter, s
 
 // Each type of filter is supported, without influence, or a finding.
 func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
-	unknown := " is not supported"
+	const unknown, compressor, buffer = " is not supported", httpPrefix + "compressor.v3.Compressor", httpPrefix + "buffer.v3.Buffer"
 	for _, test := range []struct {
 		url     string
 		config  []byte
@@ -61,12 +61,13 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(number(1, 9), 5)), "", false},
 		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(nil, 5)), "security with_request_body: not a size between 1 and 16777216 bytes", true},
 		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), nest(number(1, 1<<30), 5)), "security with_request_body: not a size between 1 and 16777216 bytes", true},
-		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), number(10, 1)), "", true}, // certificates are not sent
+		{extAuthzType, join(nest(nest(text(1, "c"), 1), 1), number(10, 1), number(18, 1), number(24, 1), nest(nil, 27)), "", false},
 		{rbacType, nil, "", false},
 		{jwtType, nil, "", false},
 		{wasmType, nil, "traffic : the HTTP filter e of type " + wasmType + unknown, false},
 		{luaType, nil, "traffic : the HTTP filter e of type " + luaType + unknown, false},
-		{plainFilters[1], nil, "traffic : the HTTP filter e of type " + plainFilters[1] + unknown, false},
+		{compressor, nil, "traffic : the HTTP filter e of type " + compressor + unknown, false},
+		{buffer, nil, "traffic : the HTTP filter e of type " + buffer + unknown, false},
 		{"x.Y", nil, "security : the HTTP filter e of type x.Y" + unknown, true},
 	} {
 		f, findings := decodeExtension(t, test.url, test.config)

@@ -131,7 +131,7 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"endpoints by a filter's state", chain(tcpFilter(nest(nil, 11, 2))), "traffic " + manager + ".hash_policy.filter_state: not supported", ""},
 
 		{"another access log", log(nest(packed("x.Y", nil), 4)), "traffic access_log.typed_config: access logs of type x.Y are not supported", ""},
-		{"a filter of an access log", log(join(nest(nil, 2, 8), nest(packed(shortType(fileLogType), nil), 4))), "cosmetic access_log.filter.header_filter: not supported", ""},
+		{"a filter of an access log", log(join(nest(nil, 2, 12), nest(packed(shortType(fileLogType), nil), 4))), "cosmetic access_log.filter.metadata_filter: not supported", ""},
 		{"formatters", log(nest(packed(shortType(fileLogType), nest(nil, 5, 6)), 4)), "cosmetic access_log.typed_config.log_format.formatters: not supported", ""},
 
 		{"HTTP that is understood", chain(httpManager(httpFilter("rbac", rbacType))), "", ""},
@@ -168,8 +168,8 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"a configuration that comes on its own", chain(httpManager(nest(join(field1("w"), nest(text(4, wasmType), 5)), 5))), "unenforced " + manager + ": the configuration of the HTTP filter w comes on its own; requests are refused until then", ""},
 		{"an optional one", chain(httpManager(nest(join(field1("w"), nest(nil, 5), number(6, 1)), 5))), "cosmetic " + manager + ": the HTTP filter w of type  is not supported; it is optional", ""},
 		{"its default", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 5, 2)), 5))), "traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", ""},
-		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, join(nest(nest(text(1, "c"), 1), 1), number(10, 1))), 5, 2)), 5))),
-			"unenforced " + manager + ".http_filters: questions with the certificates of clients are not carried out yet; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
+		{"its default that restricts", chain(httpManager(nest(join(field1("w"), nest(packed(extAuthzType, join(nest(nest(text(1, "c"), 1), 1), text(15, "l"))), 5, 2)), 5))),
+			"security " + manager + ".http_filters.config_discovery.default_config.bootstrap_metadata_labels_key: not supported; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},
 		{"its default that is not supported", chain(httpManager(nest(join(field1("w"), nest(packed(wasmType, nil), 5, 2)), 5))), "traffic " + manager + ": the HTTP filter w of type " + wasmType + " is not supported", ""},
 		{"two configurations", chain(httpManager(nest(join(field1("w"), nest(packed(rbacType, nil), 4), nest(packed(rbacType, nil), 5, 2)), 5))),
 			"security " + manager + ".http_filters.config_discovery: more than one member of a oneof; traffic " + manager + ": the configuration of the HTTP filter w comes on its own; its default is used until then", "chain"},

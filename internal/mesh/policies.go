@@ -17,15 +17,6 @@ func (d *decoder) carry(policy string, restricts bool) {
 	}
 }
 
-// carryAuthz reports parts of external authorization that are not carried out.
-func (d *decoder) carryAuthz(e *ExtAuthz) {
-	switch {
-	case e == nil || !e.Restricts():
-	case e.PeerCert:
-		d.report(Unenforced, "questions with the certificates of clients are not carried out yet")
-	}
-}
-
 // sharedKey is the type and the bytes of a part of a resource.
 type sharedKey struct{ kind, config string }
 

@@ -18,14 +18,14 @@ type Tracing struct {
 	IgnoresIDs bool // the IDs of requests do not decide
 	KeepsIDs   bool // and are not changed to have the decision
 
-	Receiver TraceReceiver
+	Receiver Receiver
 
 	Compiled atomic.Value // of package tracing
 }
 
-// TraceReceiver is where spans go. One of GRPC and HTTP is set.
-type TraceReceiver struct {
-	Service string // the name of the process; may be empty
+// Receiver is where spans or records go. One of GRPC and HTTP is set.
+type Receiver struct {
+	Service string // of spans, the name of the process; may be empty
 	GRPC    *GRPCService
 	HTTP    *HTTPService
 	Header  []NamedValue // of HTTP
@@ -108,7 +108,7 @@ var httpTracerFields = message{"envoy.config.trace.v3.Tracing.Http", Traffic, []
 }}
 
 // traceProvider reports whether the provider is supported.
-func (d *decoder) traceProvider(m wire.Message, to *TraceReceiver) (supported bool) {
+func (d *decoder) traceProvider(m wire.Message, to *Receiver) (supported bool) {
 	for d.next(&m, &httpTracerFields) {
 		if m.Number != 3 {
 			continue
@@ -139,14 +139,11 @@ var openTelemetryFields = message{"envoy.config.trace.v3.OpenTelemetryConfig", T
 	10: {"exporter", traffic},
 }}
 
-func (d *decoder) openTelemetry(m wire.Message, to *TraceReceiver) {
+func (d *decoder) openTelemetry(m wire.Message, to *Receiver) {
 	for d.next(&m, &openTelemetryFields) {
 		switch m.Number {
 		case 1:
-			to.GRPC = d.grpcService(m.Message())
-			if to.GRPC.Timeout == defaultAuthzTimeout {
-				to.GRPC.Timeout = 0 // not configured
-			}
+			to.GRPC = d.receiverService(m.Message())
 		case 2:
 			to.Service = m.String()
 		case 3:

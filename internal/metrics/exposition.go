@@ -352,8 +352,8 @@ func (m *Metrics) fromSources(f *families) {
 	}
 	if s.AccessLog != nil {
 		written, dropped := s.AccessLog()
-		f.counter("pillion_access_log_written_total", "Access log lines written.").counts(written)
-		f.counter("pillion_access_log_dropped_total", "Access log lines dropped because the queue was full.").counts(dropped)
+		f.counter("pillion_access_log_written_total", "Access log lines written, and records sent to services.").counts(written)
+		f.counter("pillion_access_log_dropped_total", "Access log lines and records for services that were lost: the queue was full, or the service did not take them.").counts(dropped)
 	}
 	if s.Spans != nil {
 		exported, dropped, failed := s.Spans()

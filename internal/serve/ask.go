@@ -5,7 +5,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -101,6 +100,7 @@ const maxQuestions = 4096
 
 var (
 	errTooManyQuestions = errors.New("too many questions are in progress")
+	errNoCertificate    = errors.New("the connection began before servers were shown certificates of clients")
 	errNobodyAsks       = errors.New("servers of external authorization are not reached here")
 )
 
@@ -114,6 +114,10 @@ func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *qu
 	switch {
 	case r.callouts == nil:
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNobodyAsks)})
+		asked.finish()
+	case e.PeerCert && q.SourceName != "" && q.Certificate == "":
+		r.asking.failed.Add(1)
+		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNoCertificate)})
 		asked.finish()
 	case r.asking.now.Add(1) > maxQuestions:
 		r.asking.now.Add(-1)
@@ -204,6 +208,23 @@ func asks(s *mesh.Snapshot, h *mesh.HTTPManager) bool {
 			return true // also if it is disabled, since a route may enable it
 		case !f.Disabled && f.JWT != nil && slices.ContainsFunc(f.JWT.Providers, func(p mesh.JWTProvider) bool { return p.Remote != nil }):
 			return true
+		}
+	}
+	return false
+}
+
+// showsCertificates reports whether servers see the certificates of clients.
+func showsCertificates(s *mesh.Snapshot, chain *mesh.FilterChain) bool {
+	for i := range chain.Policies {
+		if e := chain.Policies[i].ExtAuthz; e != nil && e.PeerCert {
+			return true
+		}
+	}
+	if chain.HTTP != nil {
+		for i := range chain.HTTP.Filters {
+			if f := s.Filter(&chain.HTTP.Filters[i]); f != nil && f.ExtAuthz != nil && f.ExtAuthz.PeerCert {
+				return true
+			}
 		}
 	}
 	return false
@@ -319,6 +340,9 @@ func (g *gate) take(r *httpforward.Request, e *mesh.ExtAuthz, answer *extauthz.A
 		g.chosen.again()
 	}
 	g.responses = append(g.responses, answer.ResponseEdits...)
+	if len(answer.Parameters) > 0 && len(r.Path) > 0 && r.Path[0] == '/' {
+		r.Path, g.queried, g.subject.Request = []byte(answer.Target(string(r.Path))), true, nil
+	}
 	if len(answer.Edits) > 0 {
 		g.edits = append(g.edits, answer.Edits...)
 		g.edited.set(r.Fields, g.edits)
@@ -333,7 +357,7 @@ func draws(f mesh.Fraction) bool {
 
 // question copies a request for a server. Filters before this one may have changed its fields.
 func (g *gate) question(r *httpforward.Request, body *mesh.AuthzBody, settings *mesh.CheckSettings) *extauthz.Question {
-	q := connectionQuestion(g.role, &g.subject, r.Connection.Downstream)
+	q := connectionQuestion(g.role, &g.subject, r.Connection)
 	fields := g.fields(r)
 	request := &extauthz.Request{
 		Method: string(r.Method), Scheme: string(r.Scheme), Host: string(r.Authority), Path: string(r.Path), Protocol: "HTTP/1.1", Size: -1,
@@ -360,10 +384,13 @@ func (g *gate) question(r *httpforward.Request, body *mesh.AuthzBody, settings *
 }
 
 // connectionQuestion describes a connection for a server.
-func connectionQuestion(role *Role, s *authz.Subject, from netip.AddrPort) *extauthz.Question {
-	q := &extauthz.Question{Source: from, Destination: s.Destination, ServerName: s.ServerName, At: time.Now()}
+func connectionQuestion(role *Role, s *authz.Subject, record *flow.Record) *extauthz.Question {
+	q := &extauthz.Question{Source: record.Downstream, Destination: s.Destination, ServerName: s.ServerName, At: time.Now()}
 	if len(s.Names) > 0 {
 		q.SourceName = s.Names[0]
+		if tls := record.SecurityOf(flow.Inbound); tls != nil && tls.PeerCertificate != nil {
+			q.Certificate = tls.PeerCertificate.PEM
+		}
 	}
 	if own := role.mesh.Identity(); own != nil && s.Secured {
 		q.DestinationName = own.SPIFFE
@@ -374,7 +401,7 @@ func connectionQuestion(role *Role, s *authz.Subject, from netip.AddrPort) *exta
 // askAbout asks a server about a connection and waits for its answer. It returns why the connection is not allowed, and false
 // if the connection has failed meanwhile.
 func (c *Conn) askAbout(e *mesh.ExtAuthz, s *authz.Subject) (denial error, ok bool) {
-	q := c.role.ask(e, connectionQuestion(c.role, s, c.Record.Downstream), nil)
+	q := c.role.ask(e, connectionQuestion(c.role, s, c.Record), nil)
 	defer q.Cancel()
 	q.Notify(c.w.Wake)
 	for !q.Answered() {

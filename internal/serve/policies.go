@@ -110,7 +110,7 @@ func (c *Conn) subject() authz.Subject {
 	}
 	return authz.Subject{
 		Destination: c.Record.OriginalDestination,
-		Peer:        c.Record.Downstream.Addr(),
+		Peer:        c.direct(),
 		Client:      c.Record.Downstream.Addr(),
 		ServerName:  strings.ToLower(hello.ServerName),
 		Secured:     c.governed.secured,
@@ -157,6 +157,7 @@ type gate struct {
 
 	chosen chosen
 
+	queried bool   // a server has changed the query
 	collect uint32 // how much of the request's body is needed, with bodyFirst
 
 	routed route.Request // the argument of filters; a field, so that it is not allocated
@@ -186,12 +187,13 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 	if judged && isTunnel(r) { // requests inside of it would not be judged; Envoy answers 403 as well
 		return changed, denial(""), nil
 	}
-	return changed, nil, nil
+	return changed || g.queried, nil, nil
 }
 
 // begin drops what filters have left about the last request.
 func (g *gate) begin() {
 	g.edits, g.responses, g.claims, g.asked, g.subject.Request = nil, nil, nil, nil, nil
+	g.queried = false
 	g.shadows.clear()
 	g.edited.clear()
 	g.chosen.begin()

@@ -92,7 +92,7 @@ func (c *Conn) handshakeDown(g *governed) (flow.Reason, error) {
 		return handshakeReason(err), err
 	}
 	s := securityOf(session)
-	if c.role.describesCertificates() {
+	if c.role.describesCertificates() || showsCertificates(g.snapshot, g.chain) {
 		s.PeerCertificate, s.OwnCertificate = secure.Describe(session.Chain), secure.Describe(session.Presented())
 	}
 	if g.secured, g.ended, g.names = true, g.chain.TLS, session.PeerNames(); c.role.gateway {
@@ -275,8 +275,11 @@ func isFailure(err error, failure secure.Failure) bool {
 func (c *Conn) rejectTLS(reason flow.Reason, err error) bool {
 	c.sniffer.Abandon(err)
 	c.releaseSniffer()
-	c.Down.Close()
 	c.Record.Close(c.role.flows, reason, err)
+	if reason == flow.MemoryBudget {
+		c.role.engine.Detain(c.w, c.Down)
+	}
+	c.Down.Close()
 	return false
 }
 

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/export"
 )
 
 // Options is tracing as OpenTelemetry's environment variables configure it
@@ -23,8 +25,8 @@ type Options struct {
 	Endpoint url.URL // of HTTP with the path; of gRPC scheme and host
 	Header   http.Header
 	Timeout  time.Duration
-	Roots    *x509.CertPool // of an endpoint with TLS; nil: the system's
-	Resource []Resource     // that the variables name
+	Roots    *x509.CertPool    // of an endpoint with TLS; nil: the system's
+	Resource []export.Resource // that the variables name
 	Sampler  Sampler
 	Forms    Forms
 }
@@ -34,8 +36,6 @@ const (
 	exporterPrefix = "OTEL_EXPORTER_OTLP_"
 	tracesPrefix   = "OTEL_EXPORTER_OTLP_TRACES_"
 )
-
-const defaultTimeout = 10 * time.Second
 
 // environment reads variables, and remembers the one that was read last: an error names it.
 type environment struct {
@@ -66,7 +66,7 @@ func FromEnvironment(get func(string) string) (*Options, error) {
 	if get(exporterPrefix+"ENDPOINT") == "" && get(tracesPrefix+"ENDPOINT") == "" {
 		return nil, nil
 	}
-	o := &Options{Timeout: defaultTimeout}
+	o := &Options{Timeout: export.DefaultTimeout}
 	for _, read := range []func(*environment) error{
 		exporterKind, o.readProtocol, o.readEndpoint, o.readHeaders, o.readTimeout, readCompression, o.readRoots, o.readSampler, o.readForms, o.readResource,
 	} {
@@ -247,16 +247,16 @@ func (o *Options) readForms(e *environment) error {
 // readResource reads the attributes of the process. OTEL_SERVICE_NAME takes precedence.
 func (o *Options) readResource(e *environment) error {
 	if name := e.value("OTEL_SERVICE_NAME"); name != "" {
-		o.Resource = append(o.Resource, Resource{serviceName, name})
+		o.Resource = append(o.Resource, export.Resource{Name: serviceName, Value: name})
 	}
 	return pairs(e.value("OTEL_RESOURCE_ATTRIBUTES"), func(key, value string) error {
-		o.Resource = WithDefaults(o.Resource, []Resource{{key, value}})
+		o.Resource = export.WithDefaults(o.Resource, []export.Resource{{Name: key, Value: value}})
 		return nil
 	})
 }
 
 // ResourceFromEnvironment reads only the attributes of the process. An error names the variable.
-func ResourceFromEnvironment(get func(string) string) ([]Resource, error) {
+func ResourceFromEnvironment(get func(string) string) ([]export.Resource, error) {
 	e, o := environment{get: get}, Options{}
 	if err := o.readResource(&e); err != nil {
 		return nil, fmt.Errorf("environment variable %s: %w", e.last, err)
@@ -266,34 +266,21 @@ func ResourceFromEnvironment(get func(string) string) ([]Resource, error) {
 
 const serviceName = "service.name"
 
-// WithDefaults adds the attributes whose names are not in resource. Those without a value are left out.
-func WithDefaults(resource, defaults []Resource) []Resource {
-	for _, d := range defaults {
-		if d.Value != "" && !slices.ContainsFunc(resource, func(r Resource) bool { return r.Name == d.Name }) {
-			resource = append(resource, d)
-		}
-	}
-	return resource
-}
-
 // Start starts the exporter and returns the policy. defaults are attributes that the variables do not name.
-func (o *Options) Start(defaults []Resource, counts *Counts, log *slog.Logger) *Policy {
+func (o *Options) Start(defaults []export.Resource, counts *export.Counts, log *slog.Logger) *Policy {
 	transport := &http.Transport{
 		Protocols: new(http.Protocols), TLSClientConfig: &tls.Config{RootCAs: o.Roots}, MaxIdleConnsPerHost: 1, MaxConnsPerHost: 1,
 		DialContext: (&net.Dialer{Timeout: o.Timeout}).DialContext, IdleConnTimeout: time.Minute, DisableCompression: true,
 	}
-	var sender Sender
+	var sender export.Sender
 	if o.GRPC {
 		transport.Protocols.SetHTTP2(true)
 		transport.Protocols.SetUnencryptedHTTP2(true)
-		sender = NewGRPCSender(transport, o.Endpoint, o.Header, o.Timeout)
+		sender = export.NewGRPCSender(transport, o.Endpoint, o.Header, exportMethod, o.Timeout)
 	} else {
 		transport.Protocols.SetHTTP1(true)
-		sender = &HTTPSender{Transport: transport, URL: o.Endpoint, Header: o.Header, Timeout: o.Timeout}
+		sender = &export.HTTPSender{Transport: transport, URL: o.Endpoint, Header: o.Header, Timeout: o.Timeout}
 	}
-	e := NewExporter(ExporterConfig{
-		Sender: sender, Target: o.Endpoint.Redacted(), Resource: WithDefaults(slices.Clone(o.Resource), defaults), Counts: counts, Log: log,
-	})
-	e.closed = transport.CloseIdleConnections
+	e := newExporter(sender, o.Endpoint.Redacted(), export.WithDefaults(slices.Clone(o.Resource), defaults), counts, log)
 	return &Policy{Sampler: o.Sampler, Forms: o.Forms, Exporter: e}
 }

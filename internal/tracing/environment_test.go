@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pillion-proxy/pillion/internal/export"
 )
 
 func fromPairs(pairs string) (*Options, error) {
@@ -56,14 +58,14 @@ func TestTheEnvironmentIsRead(t *testing.T) {
 	if o.Header.Get("Api-Key") != "a b" || o.Header.Get("X-Tenant") != "1" || o.Timeout != 500*time.Millisecond {
 		t.Errorf("header %v, timeout %v", o.Header, o.Timeout)
 	}
-	if len(o.Resource) != 2 || o.Resource[0] != (Resource{"service.name", "shop"}) || o.Resource[1] != (Resource{"deployment.environment", "test,1"}) {
+	if len(o.Resource) != 2 || o.Resource[0] != (export.Resource{Name: "service.name", Value: "shop"}) || o.Resource[1] != (export.Resource{Name: "deployment.environment", Value: "test,1"}) {
 		t.Errorf("resource %v", o.Resource)
 	}
 	if o.Sampler != (Sampler{Threshold: 1 << 61}) || o.Forms != W3C|B3Multi {
 		t.Errorf("sampler %+v, forms %b", o.Sampler, o.Forms)
 	}
-	got := WithDefaults(o.Resource, []Resource{{"service.name", "default"}, {"k8s.pod.name", "pod"}, {"k8s.namespace.name", ""}})
-	if len(got) != 3 || got[2] != (Resource{"k8s.pod.name", "pod"}) {
+	got := export.WithDefaults(o.Resource, []export.Resource{{Name: "service.name", Value: "default"}, {Name: "k8s.pod.name", Value: "pod"}, {Name: "k8s.namespace.name", Value: ""}})
+	if len(got) != 3 || got[2] != (export.Resource{Name: "k8s.pod.name", Value: "pod"}) {
 		t.Errorf("with defaults %v", got)
 	}
 }

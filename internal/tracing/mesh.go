@@ -3,24 +3,23 @@ package tracing
 import (
 	"log/slog"
 	"net/http"
-	"net/url"
 	"os"
 	"strings"
 	"sync"
-	"time"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
 // Exporters has an exporter for each receiver that a control plane names. It is safe for concurrent use.
 type Exporters struct {
 	Transport func(cluster string, http2 bool) http.RoundTripper // to the endpoints of a cluster
-	Resource  []Resource                                         // attributes of all spans; the service's name may be replaced
-	Counts    *Counts
+	Resource  []export.Resource                                  // attributes of all spans; the service's name may be replaced
+	Counts    *export.Counts
 	Log       *slog.Logger
 
 	mu     sync.Mutex
-	byName map[string]*Exporter
+	byName map[string]*export.Exporter
 	closed bool
 }
 
@@ -68,8 +67,8 @@ func tagsOf(tags []mesh.TraceTag) (to []Tag) {
 }
 
 // exporter returns the exporter for a receiver; nil: there are too many.
-func (e *Exporters) exporter(to *mesh.TraceReceiver) *Exporter {
-	name, cluster, sender := e.sender(to)
+func (e *Exporters) exporter(to *mesh.Receiver) *export.Exporter {
+	name, cluster, sender := export.To(to, exportMethod, e.Transport)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if known := e.byName[name]; known != nil {
@@ -81,62 +80,18 @@ func (e *Exporters) exporter(to *mesh.TraceReceiver) *Exporter {
 	}
 	resource := e.Resource
 	if to.Service != "" {
-		resource = WithDefaults([]Resource{{serviceName, to.Service}}, resource)
+		resource = export.WithDefaults([]export.Resource{{Name: serviceName, Value: to.Service}}, resource)
 	}
-	made := NewExporter(ExporterConfig{Sender: sender, Target: cluster, Resource: resource, Counts: e.Counts, Log: e.Log})
+	made := newExporter(sender, cluster, resource, e.Counts, e.Log)
 	if e.byName == nil {
-		e.byName = map[string]*Exporter{}
+		e.byName = map[string]*export.Exporter{}
 	}
 	e.byName[name] = made
 	return made
 }
 
-// sender returns a sender, its cluster, and a name that differs if anything about it does. The name may have secrets.
-func (e *Exporters) sender(to *mesh.TraceReceiver) (name, cluster string, s Sender) {
-	if g := to.GRPC; g != nil {
-		base := url.URL{Scheme: "http", Host: g.Authority}
-		if base.Host == "" {
-			base.Host = g.Cluster
-		}
-		header, text := headerOf(g.Metadata)
-		return strings.Join([]string{g.Cluster, "grpc", base.Host, to.Service, text}, " "), g.Cluster,
-			NewGRPCSender(e.Transport(g.Cluster, true), base, header, timeoutOf(g.Timeout))
-	}
-	h := to.HTTP
-	header, text := headerOf(to.Header)
-	host, path := splitURI(h.URI)
-	return strings.Join([]string{h.Cluster, host + path, to.Service, text}, " "), h.Cluster, &HTTPSender{
-		Transport: e.Transport(h.Cluster, false), URL: url.URL{Scheme: "http", Host: host, Path: path}, Header: header, Timeout: timeoutOf(h.Timeout),
-	}
-}
-
-// splitURI splits a URI that may lack its scheme, as istiod's do.
-func splitURI(uri string) (host, path string) {
-	if _, rest, found := strings.Cut(uri, "://"); found {
-		uri = rest
-	}
-	host, path, _ = strings.Cut(uri, "/")
-	return host, "/" + path
-}
-
-func headerOf(values []mesh.NamedValue) (h http.Header, text string) {
-	h = make(http.Header, len(values))
-	for _, v := range values {
-		h.Add(v.Name, v.Value)
-		text += v.Name + "=" + v.Value + "\n"
-	}
-	return h, text
-}
-
-func timeoutOf(d time.Duration) time.Duration {
-	if d <= 0 {
-		return defaultTimeout
-	}
-	return d
-}
-
 // All returns the exporters, and prevents that others are made.
-func (e *Exporters) All() (all []*Exporter) {
+func (e *Exporters) All() (all []*export.Exporter) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.closed = true

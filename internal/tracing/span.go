@@ -1,11 +1,10 @@
 package tracing
 
 import (
-	"math/bits"
 	"strconv"
 	"sync"
-	"unicode/utf8"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -26,12 +25,6 @@ const (
 	statusText = 2
 	statusCode = 3
 
-	scopeSpans     = 2 // of ResourceSpans
-	spansOfScope   = 2 // of ScopeSpans
-	requestSpans   = 1 // of ExportTraceServiceRequest
-	resourceFields = 1 // of ResourceSpans: the resource, and its attributes
-	partialSuccess = 1 // of ExportTraceServiceResponse
-
 	kindServer  = 2
 	kindClient  = 3
 	statusError = 2
@@ -46,8 +39,8 @@ func (p *Policy) Export(r *flow.Record) {
 	}
 	b := spanBuffers.Get().(*[]byte)
 	*b = p.appendSpan((*b)[:0], r)
-	p.Exporter.add(*b)
-	if cap(*b) <= maxSpan {
+	p.Exporter.Add(*b)
+	if cap(*b) <= export.MaxItem {
 		spanBuffers.Put(b)
 	}
 }
@@ -58,7 +51,7 @@ func (p *Policy) appendSpan(b []byte, r *flow.Record) []byte {
 	b = wire.AppendBytes(b, spanTraceID, t.ID[:])
 	b = wire.AppendBytes(b, spanID, t.Span[:])
 	if len(t.State) > 0 {
-		b = asText(wire.AppendBytes(b, spanState, t.State), len(t.State))
+		b = wire.AsText(wire.AppendBytes(b, spanState, t.State), len(t.State))
 	}
 	if t.Parent != [8]byte{} {
 		b = wire.AppendBytes(b, spanParent, t.Parent[:])
@@ -88,7 +81,7 @@ func appendName(b []byte, r *flow.Record) []byte {
 	const egress = "egress "
 	host := r.HTTP.Authority
 	b = wire.AppendTag(b, spanName, len(egress)+len(host))
-	return asText(append(append(b, egress...), host...), len(host))
+	return wire.AsText(append(append(b, egress...), host...), len(host))
 }
 
 // appendRequest appends Envoy's attributes of a request.
@@ -140,7 +133,7 @@ func (p *Policy) appendURL(b []byte, r *flow.Record) []byte {
 	const key = "http.url"
 	size := len(scheme) + len(h.Authority) + len(path)
 	b = appendKey(b, key, size)
-	return asText(append(append(append(b, scheme...), h.Authority...), path...), size)
+	return wire.AsText(append(append(append(b, scheme...), h.Authority...), path...), size)
 }
 
 // appendOutcome appends what became of a request. A request without a response, or with one of the server's errors, is an
@@ -164,43 +157,23 @@ func appendOutcome(b []byte, r *flow.Record) []byte {
 	}
 	b = appendText(b, "error", "true")
 	details := r.Details()
-	size := sizeOfField(len(details)) + 2
+	size := export.SizeOfField(len(details)) + 2
 	b = wire.AppendTag(b, spanStatus, size)
-	b = asText(wire.AppendString(b, statusText, details), len(details))
+	b = wire.AsText(wire.AppendString(b, statusText, details), len(details))
 	return wire.AppendVarint(b, statusCode, statusError)
 }
 
-// sizeOfField is the size of a field with n bytes, whose number is below 16.
-func sizeOfField(n int) int { return 1 + (bits.Len64(uint64(n)|1)+6)/7 + n }
-
 // appendKey appends the beginning of an attribute whose text has n bytes. The caller appends the text.
 func appendKey(b []byte, key string, n int) []byte {
-	value := sizeOfField(n)
-	b = wire.AppendTag(b, spanAttributes, sizeOfField(len(key))+sizeOfField(value))
+	value := export.SizeOfField(n)
+	b = wire.AppendTag(b, spanAttributes, export.SizeOfField(len(key))+export.SizeOfField(value))
 	b = wire.AppendString(b, 1, key)
 	b = wire.AppendTag(b, 2, value)
 	return wire.AppendTag(b, 1, n)
 }
 
 func appendText[T string | []byte](b []byte, key string, value T) []byte {
-	return asText(append(appendKey(b, key, len(value)), value...), len(value))
-}
-
-// asText replaces the bytes of the last n of b that are not UTF-8 by question marks. Strings of protobuf must be UTF-8: a
-// receiver that checks rejects the whole batch, with the spans of other requests.
-func asText(b []byte, n int) []byte {
-	text := b[len(b)-n:]
-	if utf8.Valid(text) {
-		return b
-	}
-	for len(text) > 0 {
-		r, size := utf8.DecodeRune(text)
-		if r == utf8.RuneError && size == 1 {
-			text[0] = '?'
-		}
-		text = text[size:]
-	}
-	return b
+	return wire.AsText(append(appendKey(b, key, len(value)), value...), len(value))
 }
 
 // appendNumber appends a number as text, as Envoy does.

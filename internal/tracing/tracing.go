@@ -11,9 +11,11 @@ package tracing
 
 import (
 	"encoding/binary"
+	"log/slog"
 	"math/rand/v2"
 	"sync"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -21,7 +23,7 @@ import (
 type Policy struct {
 	Sampler  Sampler
 	Forms    Forms // in which contexts are sent; those in which a context arrives are kept in addition
-	Exporter *Exporter
+	Exporter *export.Exporter
 
 	// Local is set if contexts are neither replaced nor added: only spans are exported.
 	Local bool
@@ -127,4 +129,20 @@ func (Sink) Closed(r *flow.Record) {
 	if t := r.HTTP.Trace; t != nil && t.Sampled && t.Exporter != nil {
 		t.Exporter.Export(r)
 	}
+}
+
+const exportMethod = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+
+// The queue of spans, with the bounds of OpenTelemetry's SDKs.
+const (
+	batch    = 512
+	maxQueue = 2048
+)
+
+// newExporter starts an exporter of spans.
+func newExporter(s export.Sender, target string, resource []export.Resource, counts *export.Counts, log *slog.Logger) *export.Exporter {
+	return export.New(export.Config{
+		Sender: s, Target: target, What: "spans", Counts: counts, Log: log,
+		Levels: export.OTLP(resource, nil), Field: export.OTLPItem, Batch: batch, Most: maxQueue,
+	})
 }

@@ -238,3 +238,30 @@ func AppendFixed64(b []byte, number int, value uint64) []byte {
 func AppendDouble(b []byte, number int, value float64) []byte {
 	return protowire.AppendFixed64(protowire.AppendTag(b, protowire.Number(number), protowire.Fixed64Type), math.Float64bits(value))
 }
+
+// AsText replaces the bytes of the last n of b that are not UTF-8 by question marks. Strings of protobuf must be UTF-8: a
+// receiver that checks rejects the whole batch, with the spans of other requests.
+func AsText(b []byte, n int) []byte {
+	text := b[len(b)-n:]
+	if utf8.Valid(text) {
+		return b
+	}
+	for len(text) > 0 {
+		r, size := utf8.DecodeRune(text)
+		if r == utf8.RuneError && size == 1 {
+			text[0] = '?'
+		}
+		text = text[size:]
+	}
+	return b
+}
+
+// Wrap makes the bytes of b from start on the field of a number: a message.
+func Wrap(b []byte, start, number int) []byte {
+	var scratch [16]byte
+	head := AppendTag(scratch[:0], number, len(b)-start)
+	b = append(b, head...)
+	copy(b[start+len(head):], b[start:])
+	copy(b[start:], head)
+	return b
+}

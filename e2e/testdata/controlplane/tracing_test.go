@@ -32,6 +32,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/tracing"
@@ -97,12 +98,12 @@ func TestSpansAreThoseOfOpenTelemetry(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			var counts tracing.Counts
-			policy := options.Start([]tracing.Resource{{Name: "service.name", Value: "shop.default"}}, &counts, slog.New(slog.DiscardHandler))
+			var counts export.Counts
+			policy := options.Start([]export.Resource{{Name: "service.name", Value: "shop.default"}}, &counts, slog.New(slog.DiscardHandler))
 			policy.Tags = []tracing.Tag{{Name: "zone", Value: "a"}, {Name: "user", Field: "x-user"}, {Name: "none", Field: "x-none"}, {Name: "or", Field: "x-none", Value: "default"}}
 			opened := time.Unix(1_700_000_000, 5)
-			export(outboundRecord(policy, opened))
-			export(inboundRecord(policy, opened))
+			exportRecord(outboundRecord(policy, opened))
+			exportRecord(inboundRecord(policy, opened))
 			batch := await(t, r.batches)
 			policy.Exporter.Close(t.Context())
 			if e, f := counts.Exported.Load(), counts.Failed.Load(); e != 1 || f != 1 {
@@ -139,9 +140,9 @@ func TestSpansGoWhereTheControlPlaneSays(t *testing.T) {
 	for _, protocol := range []string{"http/protobuf", "grpc"} {
 		r := &receiver{batches: make(chan received, 1), refused: true}
 		endpoint := serveOTLP(t, r, protocol)
-		var counts tracing.Counts
+		var counts export.Counts
 		exporters := &tracing.Exporters{
-			Counts: &counts, Log: slog.New(slog.DiscardHandler), Resource: []tracing.Resource{{Name: "service.name", Value: "default"}, {Name: "pod", Value: "p"}},
+			Counts: &counts, Log: slog.New(slog.DiscardHandler), Resource: []export.Resource{{Name: "service.name", Value: "default"}, {Name: "pod", Value: "p"}},
 			Transport: func(cluster string, http2 bool) http.RoundTripper {
 				if cluster != "outbound|4317||otel" || http2 != (protocol == "grpc") {
 					t.Errorf("cluster %s, HTTP/2 %v", cluster, http2)
@@ -159,7 +160,7 @@ func TestSpansGoWhereTheControlPlaneSays(t *testing.T) {
 		record := inboundRecord(policy, time.Unix(1_700_000_000, 0))
 		record.HTTP.Path = []byte("/abcdefgh")
 		record.HTTP.Trace = policy.Begin(&tracing.Request{Fields: header{"traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "x-tenant", "t1"}})
-		export(record)
+		exportRecord(record)
 		batch := await(t, r.batches)
 		if err := unknownFields(batch.ProtoReflect()); err != nil || batch.header.Get("Tenant") != "b" {
 			t.Errorf("error %v, header %v", err, batch.header)
@@ -269,7 +270,7 @@ func inboundRecord(p *tracing.Policy, opened time.Time) *flow.Record {
 	return r
 }
 
-func export(r *flow.Record) {
+func exportRecord(r *flow.Record) {
 	r.Close(tracing.Sink{}, flow.Completed, nil)
 }
 
@@ -357,6 +358,7 @@ func unknownFields(m protoreflect.Message) (err error) {
 			for i := range v.List().Len() {
 				err = errors.Join(err, unknownFields(v.List().Get(i).Message()))
 			}
+		case f.IsMap(): // of texts, or of values that are looked at as they are
 		case f.Message() != nil:
 			err = errors.Join(err, unknownFields(v.Message()))
 		}

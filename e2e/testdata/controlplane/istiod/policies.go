@@ -42,8 +42,7 @@ func policyFilters(policies int) []*hcm.HttpFilter {
 	return filters
 }
 
-// policyRule is a rule of one of five shapes that users write. The request lacks only one of its conditions, which is
-// sometimes the last that is looked at.
+// policyRule is a rule of one of five shapes that users write. The request lacks only one of its conditions, often the last one.
 func policyRule(policy, rule int) *rbac.Policy {
 	app := fmt.Sprintf("app-%02d-%d", policy, rule)
 	self := principal("cluster.local/ns/default/sa/another")

@@ -1,4 +1,4 @@
-package tracing
+package export
 
 import (
 	"context"
@@ -16,6 +16,7 @@ import (
 type sink struct {
 	got     chan int // spans of a batch
 	results chan result
+	closed  chan struct{} // may be nil
 }
 
 type result struct {
@@ -23,7 +24,13 @@ type result struct {
 	err      error
 }
 
-func newSink() *sink { return &sink{make(chan int), make(chan result)} }
+func (s *sink) Close(context.Context) {
+	if s.closed != nil {
+		s.closed <- struct{}{}
+	}
+}
+
+func newSink() *sink { return &sink{got: make(chan int), results: make(chan result)} }
 
 func (s *sink) Send(ctx context.Context, request []byte) ([]byte, error) {
 	select {
@@ -44,11 +51,11 @@ func spansIn(request []byte) (n int) {
 	var err error
 	for m := wire.Read(request, &err); m.Next(); {
 		for m := m.Message(); m.Next(); {
-			if m.Number != scopeSpans {
+			if m.Number != 2 {
 				continue
 			}
 			for m := m.Message(); m.Next(); {
-				if m.Number == spansOfScope {
+				if m.Number == OTLPItem {
 					n++
 				}
 			}
@@ -60,14 +67,21 @@ func spansIn(request []byte) (n int) {
 	return n
 }
 
+// The queue of the tests.
+const (
+	batch    = 512
+	maxQueue = 2048
+)
+
 type log struct{ strings.Builder }
 
 // start starts an exporter that sends at once, or only whole batches.
 func start(t *testing.T, s Sender, delay time.Duration) (*Exporter, *Counts, *log) {
 	t.Helper()
 	l, counts := new(log), new(Counts)
-	e := NewExporter(ExporterConfig{Sender: s, Target: "receiver", Counts: counts, Log: slog.New(slog.NewTextHandler(l, nil)),
-		Resource: []Resource{{"service.name", "a"}}, delay: delay, firstWait: 2 * time.Millisecond})
+	e := New(Config{Sender: s, Target: "receiver", Counts: counts, Log: slog.New(slog.NewTextHandler(l, nil)),
+		What:   "spans",
+		Levels: OTLP([]Resource{{"service.name", "a"}}, nil), Field: OTLPItem, Batch: batch, Most: maxQueue, Delay: delay, FirstWait: 2 * time.Millisecond})
 	t.Cleanup(func() {
 		e.end()
 		if !e.isStopped() {
@@ -98,13 +112,13 @@ func TestAReceiverThatHangsCostsSpansOnly(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
 	for range batch {
-		e.add([]byte{})
+		e.Add([]byte{})
 	}
 	if n := receive(t, s.got); n != batch {
 		t.Fatalf("a batch of %d spans", n)
 	}
 	for range maxQueue + 7 {
-		e.add([]byte{})
+		e.Add([]byte{})
 	}
 	if n := counts.Dropped.Load(); n != 7 {
 		t.Errorf("%d spans dropped, want 7", n)
@@ -119,14 +133,14 @@ func TestAReceiverThatHangsCostsSpansOnly(t *testing.T) {
 func TestTheQueueIsBoundedInBytes(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
-	for range maxBytes/maxSpan + 3 {
-		e.add(make([]byte, maxSpan-8))
+	for range maxBytes/MaxItem + 3 {
+		e.Add(make([]byte, MaxItem-8))
 	}
-	e.add(make([]byte, maxSpan+1))
+	e.Add(make([]byte, MaxItem+1))
 	e.mu.Lock()
 	size := len(e.queue)
 	e.mu.Unlock()
-	if n := counts.Dropped.Load(); n < 2 || size > maxBytes+maxSpan {
+	if n := counts.Dropped.Load(); n < 2 || size > maxBytes+MaxItem {
 		t.Errorf("%d spans dropped, %d bytes in the queue", n, size)
 	}
 }
@@ -134,16 +148,16 @@ func TestTheQueueIsBoundedInBytes(t *testing.T) {
 func TestABatchIsSentAgainAfterATemporaryErrorOnly(t *testing.T) {
 	s := newSink()
 	e, counts, l := start(t, s, time.Millisecond)
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	s.results <- result{err: &Temporary{Err: errors.New("busy")}}
 	receive(t, s.got) // again
 	s.results <- result{err: errors.New("forbidden")}
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	rejected := wire.AppendString(wire.AppendVarint(nil, 1, 1), 2, "bad name")
 	s.results <- result{response: wire.AppendBytes(nil, partialSuccess, rejected)}
-	e.add([]byte{})
+	e.Add([]byte{})
 	receive(t, s.got)
 	s.results <- result{}
 	e.Close(context.Background())
@@ -158,8 +172,8 @@ func TestABatchIsSentAgainAfterATemporaryErrorOnly(t *testing.T) {
 func TestCloseSendsWhatIsLeft(t *testing.T) {
 	s := newSink()
 	e, counts, _ := start(t, s, time.Hour)
-	e.add([]byte{})
-	e.add([]byte{})
+	e.Add([]byte{})
+	e.Add([]byte{})
 	closed := make(chan struct{})
 	go func() {
 		e.Close(context.Background())
@@ -170,8 +184,55 @@ func TestCloseSendsWhatIsLeft(t *testing.T) {
 	}
 	s.results <- result{}
 	receive(t, closed)
-	e.add([]byte{})
+	e.Add([]byte{})
 	if counts.Exported.Load() != 2 || counts.Dropped.Load() != 1 {
 		t.Errorf("%d exported, %d dropped", counts.Exported.Load(), counts.Dropped.Load())
+	}
+}
+
+// A retired exporter has no connection while it has nothing to send, but still sends.
+func TestARetiredExporterKeepsNoConnection(t *testing.T) {
+	s := newSink()
+	s.closed = make(chan struct{})
+	e, counts, _ := start(t, s, time.Millisecond)
+	e.Retire(true) // before anything was sent: there is nothing to close
+	if !e.Idle() {
+		t.Error("an exporter without items is not idle")
+	}
+	for range 2 {
+		e.Add([]byte{})
+		receive(t, s.got)
+		s.results <- result{}
+		receive(t, s.closed)
+	}
+	e.Retire(false)
+	e.Add([]byte{})
+	receive(t, s.got)
+	s.results <- result{}
+	nettest.Eventually(t, "the item is sent", e.Idle)
+	e.Retire(true)
+	receive(t, s.closed)
+	if n := counts.Exported.Load(); n != 3 {
+		t.Errorf("%d items exported, want 3", n)
+	}
+	go e.Close(context.Background())
+	receive(t, s.closed)
+}
+
+// What finds the queue full is logged once for each time that this lasts.
+func TestLossesAreLogged(t *testing.T) {
+	s := newSink()
+	e, _, l := start(t, s, time.Millisecond)
+	e.Add([]byte{})
+	receive(t, s.got)
+	for range maxQueue + 7 {
+		e.Add([]byte{})
+	}
+	s.results <- result{}
+	receive(t, s.got)
+	s.results <- result{}
+	nettest.Eventually(t, "all is sent", e.Idle)
+	if text := l.String(); strings.Count(text, "dropping spans") != 1 || !strings.Contains(text, "dropped=7") {
+		t.Errorf("log:\n%s", text)
 	}
 }

@@ -1,7 +1,8 @@
-package tracing
+package export
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,9 @@ import (
 
 // maxResponse bounds the response of a receiver, in bytes.
 const maxResponse = 64 << 10
+
+// DefaultTimeout is that of a batch, if no other is configured.
+const DefaultTimeout = 10 * time.Second
 
 // HTTPSender sends batches by OTLP over HTTP, in protobuf.
 type HTTPSender struct {
@@ -59,6 +63,16 @@ func (s *HTTPSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 	return body, nil
 }
 
+// Close implements Sender.
+func (s *HTTPSender) Close(context.Context) { closeIdle(s.Transport) }
+
+// closeIdle closes the connections of a transport that has its own.
+func closeIdle(t http.RoundTripper) {
+	if t, ok := t.(interface{ CloseIdleConnections() }); ok {
+		t.CloseIdleConnections()
+	}
+}
+
 // retryAfter returns the seconds of Retry-After.
 func retryAfter(h http.Header) time.Duration {
 	seconds, err := strconv.Atoi(h.Get("Retry-After"))
@@ -71,21 +85,20 @@ func retryAfter(h http.Header) time.Duration {
 // GRPCSender sends batches by OTLP over gRPC.
 type GRPCSender struct {
 	Client  grpcwire.Client
+	Method  string        // as in /package.Service/Method
 	Timeout time.Duration // of a batch; greater than zero
 }
 
-const exportMethod = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-
 // NewGRPCSender returns a sender. transport must use HTTP/2.
-func NewGRPCSender(transport http.RoundTripper, base url.URL, header http.Header, timeout time.Duration) *GRPCSender {
-	return &GRPCSender{grpcwire.Client{Transport: transport, Base: base, Header: header, MaxMessage: maxResponse}, timeout}
+func NewGRPCSender(transport http.RoundTripper, base url.URL, header http.Header, method string, timeout time.Duration) *GRPCSender {
+	return &GRPCSender{grpcwire.Client{Transport: transport, Base: base, Header: header, MaxMessage: maxResponse}, method, timeout}
 }
 
 // Send implements Sender.
 func (s *GRPCSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
-	response, err := s.Client.Call(ctx, exportMethod, request)
+	response, err := s.Client.Call(ctx, s.Method, request)
 	var status *grpcwire.Error
 	switch {
 	case err == nil:
@@ -98,4 +111,66 @@ func (s *GRPCSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 		return nil, &Temporary{Err: err}
 	}
 	return nil, err
+}
+
+// Close implements Sender.
+func (s *GRPCSender) Close(context.Context) { closeIdle(s.Client.Transport) }
+
+// StreamSender sends each batch as a message of one stream of gRPC, whose receiver does not answer. A batch counts as sent
+// when the stream has taken it; the receiver confirms batches only when the stream is closed.
+type StreamSender struct {
+	GRPCSender
+	First []byte // fields of the first message of each stream, before those of the batch
+
+	stream *grpcwire.Stream // nil: not open
+}
+
+// refusal is how long a receiver has to refuse a new stream before a batch counts as sent.
+const refusal = time.Second
+
+// Send implements Sender.
+func (s *StreamSender) Send(ctx context.Context, request []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
+	defer cancel()
+	first := s.stream == nil
+	if first {
+		stream, err := s.Client.Stream(context.Background(), s.Method)
+		if err != nil {
+			return nil, &Temporary{Err: err}
+		}
+		s.stream, request = stream, append(s.First[:len(s.First):len(s.First)], request...)
+	}
+	stop := context.AfterFunc(ctx, s.stream.Close) // which ends Send
+	err := s.stream.Send(request)
+	if deadline, _ := ctx.Deadline(); first && err == nil {
+		err = s.stream.Refused(ctx, min(refusal, time.Until(deadline)/4))
+	}
+	if err != nil && ctx.Err() == nil { // the stream has ended: with a status, if the server has sent one
+		if _, reason := s.stream.Receive(); reason != nil && reason != io.EOF {
+			err = reason
+		}
+	}
+	if stop() && err == nil {
+		return nil, nil
+	}
+	s.stream.Close()
+	s.stream = nil
+	return nil, &Temporary{Err: cmp.Or(err, ctx.Err())}
+}
+
+// Close implements Sender. The end of the server's answer confirms that it has read the stream.
+func (s *StreamSender) Close(ctx context.Context) {
+	if s.stream != nil {
+		stop := context.AfterFunc(ctx, s.stream.Close)
+		s.stream.CloseSend()
+		for {
+			if _, err := s.stream.Receive(); err != nil {
+				break
+			}
+		}
+		stop()
+		s.stream.Close()
+		s.stream = nil
+	}
+	s.GRPCSender.Close(ctx)
 }
