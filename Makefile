@@ -10,6 +10,7 @@ export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
+SOAKTIME ?= 10m
 N        ?= 20
 SEED     ?= 1
 PACKAGES ?= ./internal/...
@@ -136,7 +137,7 @@ manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prom
 	($(IN_KUBERNETES) $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: controlplane
-controlplane: modules ## the client of a control plane, against go-control-plane's server
+controlplane: modules ## the client of a control plane, against go-control-plane's server, and expressions, against cel-go
 	(cd $(CONTROLPLANE) && CGO_ENABLED=0 $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: test-istiod
@@ -158,8 +159,12 @@ bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain 
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility
-hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 6 minutes
-	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Hostility -benchtime 1x ./e2e/hostility
+hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 15 minutes
+	$(GO) test -buildvcs=false -count=1 -timeout 30m -run '^$$' -bench Hostility -benchtime 1x ./e2e/hostility
+
+.PHONY: soak
+soak: tools-test modules ## mixed traffic through two sidecars for SOAKTIME (10m) while routes change, every byte verified
+	PILLION_SOAK=$(SOAKTIME) scripts/with-namespaces $(GO) test -buildvcs=false -count=1 -v -timeout 0 -run TestMixedTraffic ./e2e
 
 .PHONY: lint
 lint: ## formatting, vet, module files, shell syntax, plain English

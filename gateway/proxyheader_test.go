@@ -134,7 +134,7 @@ func TestPoliciesSeeTheAddressesOfProxyHeaders(t *testing.T) {
 	}
 }
 
-// A connection without a whole, valid header is reset, and nothing of it is carried.
+// A connection without a whole, valid header is reset, and its server sees no connection.
 func TestConnectionsWithoutAProxyHeaderAreReset(t *testing.T) {
 	r := newRig(t)
 	conns := r.Listen(t, "9001")

@@ -70,7 +70,7 @@ var attacks = []attack{
 	{"stalled windows, routed over HTTP/2", 50, directAddress, secured(stalledCalls, "h2"), gateway},
 	{"stalled downloads, routed over HTTP/2", 200, directAddress, secured(stalledDownload2, "h2"), gateway},
 	{"stalled downloads at a gateway", 1000, directAddress, secured(stalledDownload), gateway},
-	{"unfinished records at a gateway", 4000, bystanderAddress, unfinishedRecord, gateway},
+	{"unfinished records at a gateway", 2000, bystanderAddress, unfinishedRecord, gateway},
 	{"ClientHellos without end at a gateway", 2000, bystanderAddress, unfinishedHello, gateway},
 	{"garbage inside TLS at a gateway", 50, bystanderAddress, secured(garbage), gateway},
 	{"garbage behind handshakes at a gateway", 50, bystanderAddress, garbageRecord, gateway},

@@ -59,7 +59,7 @@ var Settings = []Setting{
 		c.Redirect, err = appendPorts(c.Redirect, value)
 		return err
 	}},
-	{"proxy-protocol", "bool", "connections begin with a header of the PROXY protocol, version 1 or 2, which a load balancer sends: the client's address is that in it. Others are reset", func(c *Config, value string) (err error) {
+	{"proxy-protocol", "bool", "connections begin with a header of the PROXY protocol, version 1 or 2, from a load balancer: the client's address is that in it. Others are reset", func(c *Config, value string) (err error) {
 		if c.Proxied, err = strconv.ParseBool(value); err != nil {
 			err = fmt.Errorf("%s is not a boolean: use true or false", capture.Quoted(value))
 		}

@@ -256,7 +256,8 @@ func (x *exchange) enter(b []byte) ([]byte, *reply) {
 		if len(kept) == len(host) {
 			continue
 		}
-		x.entered = slices.Replace(x.entered, at, at+len(host), bytes.Clone(kept)...)
+		n := copy(x.entered[at:], kept) // it is shorter
+		x.entered = append(x.entered[:at+n], x.entered[at+len(host):]...)
 		h.Reset()
 		if _, err := h.ParseRequest(x.entered, limits); err != nil {
 			return b, x.malformed(err)
@@ -319,24 +320,24 @@ func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (
 		return fields, false
 	}
 	list := append(m.entered[:0], fields[:len(fields)-len(m.fields.list)]...)
-	edge := s.settings.edge
-	strips := edge.strips() && !s.tunnel
-	for i := range list {
-		if strips && list[i].Name == ":authority" {
-			list[i].Value = string(edge.strip([]byte(list[i].Value), s.record.OriginalDestination.Port()))
-			request.Authority = list[i].Value
-		}
-	}
 	for i, gone := range e.gone {
 		if !gone {
 			list = append(list, m.fields.list[i])
-			if last := &list[len(list)-1]; strips && last.Name == "host" {
-				last.Value = string(edge.strip([]byte(last.Value), s.record.OriginalDestination.Port()))
-			}
 		}
 	}
 	for i := range e.added {
 		list = append(list, http2.Field{Name: e.added[i].name, Value: m.addedTexts.at(i, e.value(&e.added[i]))})
+	}
+	if edge := s.settings.edge; edge.strips() && !s.tunnel {
+		for i := range list {
+			f := &list[i]
+			if f.Name == ":authority" || f.Name == "host" {
+				f.Value = string(edge.strip([]byte(f.Value), s.record.OriginalDestination.Port()))
+			}
+			if f.Name == ":authority" {
+				request.Authority = f.Value
+			}
+		}
 	}
 	m.entered = list
 	return list, true

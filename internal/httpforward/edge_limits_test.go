@@ -56,7 +56,7 @@ func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
 	for name, c := range map[string]struct {
 		edge   *Edge
 		path   string
-		body   func(io.Writer) // nil: the request has none; it is left unfinished
+		body   func(io.Writer) // nil: the request has no body; it is left unfinished
 		status int
 		text   string
 		want   recorded

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
@@ -603,8 +604,11 @@ func (x *exchange) downstreamGone() error {
 // downstreamLeft ends an exchange whose downstream has left, and with it the upstream connection.
 func (x *exchange) downstreamLeft(err error) ending {
 	x.http.Flags, x.http.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
-	if err == io.EOF {
+	switch {
+	case err == io.EOF:
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
+	case errors.Is(err, budget.ErrEvicted):
+		return x.close(flow.MemoryBudget, err, cut)
 	}
 	return x.close(flow.DownstreamLeft, err, cut)
 }

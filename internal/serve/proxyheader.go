@@ -16,8 +16,8 @@ import (
 )
 
 // TakeProxyHeader reads the header of the PROXY protocol, version 1 or 2, with which connections to some listeners begin. The
-// client's address in it becomes the record's; that of the load balancer stays the one of the packets, which policies call
-// direct. The destination in it is not used. Call it before List: the address must not change afterwards.
+// client's address in it becomes the record's. Policies call the load balancer's address, that of the packets, direct. The
+// destination in it is not used. Call TakeProxyHeader before List: the address must not change afterwards.
 func (c *Conn) TakeProxyHeader() bool {
 	f, limit := c.governed.snapshot.ProxyFilter(c.Record.OriginalDestination)
 	if f == nil {
@@ -107,8 +107,8 @@ const (
 	proxyFixed     = len(proxySignature) + 4
 )
 
-// parseProxyHeader returns the length of the header at the beginning of b, and the client's address in it, which is not valid if
-// the header has none: the load balancer speaks for itself. A length of 0 without an error means that more has to be read.
+// parseProxyHeader returns the length of the header at the beginning of b, and the client's address in it. The address is not
+// valid if the load balancer speaks for itself. A length of 0 without an error means that more has to be read.
 func parseProxyHeader(b []byte) (n int, client netip.AddrPort, err error) {
 	begins := func(with string) bool { return string(b[:min(len(b), len(with))]) == with[:min(len(b), len(with))] }
 	switch {
@@ -164,7 +164,13 @@ func parseProxyLine(words []string) (client netip.AddrPort, err error) {
 
 // parseProxyAddress reads the source in the addresses of version 2.
 func parseProxyAddress(family byte, b []byte) (netip.AddrPort, error) {
-	size := map[byte]int{0x11: 4, 0x21: 16}[family] // TCP over IPv4, and over IPv6
+	size := 0
+	switch family {
+	case 0x11: // TCP over IPv4
+		size = 4
+	case 0x21: // TCP over IPv6
+		size = 16
+	}
 	if size == 0 || len(b) < 2*size+4 {
 		return netip.AddrPort{}, errBadProxyHeader
 	}
