@@ -10,6 +10,7 @@ export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 FUZZTIME ?= 10s
+SOAKTIME ?= 10m
 N        ?= 20
 SEED     ?= 1
 PACKAGES ?= ./internal/...
@@ -21,11 +22,12 @@ PROSE_DOCUMENTS ?= 2
 # The largest binary that `make size` accepts, in bytes.
 MAX_BINARY ?= 15500000
 
-# Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.5 MB.
-COLD := ./cmd/... ./iptables/... ./run \
+# Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.7 MB.
+COLD := ./agent ./cmd/... ./iptables/... ./run \
 	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
 		promtext proxyconfig sandbox scrape terminal xds) \
-	archive/tar compress/flate crypto/x509 encoding/asn1 encoding/json fmt log/slog math/big mime net net/http net/textproto net/url \
+	archive/tar compress/flate crypto/ecdsa crypto/ed25519 crypto/elliptic crypto/rsa crypto/x509 encoding/asn1 encoding/hex \
+	encoding/json encoding/pem fmt html log/slog math/big mime net net/http net/textproto net/url \
 	reflect regexp/syntax runtime/pprof text/... \
 	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
 
@@ -135,7 +137,7 @@ manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prom
 	($(IN_KUBERNETES) $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: controlplane
-controlplane: modules ## the client of a control plane, against go-control-plane's server
+controlplane: modules ## the client of a control plane, against go-control-plane's server, and expressions, against cel-go
 	(cd $(CONTROLPLANE) && CGO_ENABLED=0 $(GO) test -vet=off -buildvcs=false -count=1 -json ./...) | $(REPORT)
 
 .PHONY: test-istiod
@@ -153,12 +155,16 @@ mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no te
 	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
 
 .PHONY: bench
-bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 6 minutes
+bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 7 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility
 hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 6 minutes
 	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Hostility -benchtime 1x ./e2e/hostility
+
+.PHONY: soak
+soak: tools-test modules ## mixed traffic through two sidecars for SOAKTIME (10m) while routes change, every byte verified
+	PILLION_SOAK=$(SOAKTIME) scripts/with-namespaces $(GO) test -buildvcs=false -count=1 -v -timeout 0 -run TestMixedTraffic ./e2e
 
 .PHONY: lint
 lint: ## formatting, vet, module files, shell syntax, plain English

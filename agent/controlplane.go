@@ -37,7 +37,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound, Listeners: a.telling.follow})
 	if err != nil {
 		return err
 	}

@@ -61,7 +61,8 @@ func (s shown) Clusters() iter.Seq[admin.Cluster] {
 			if used := s.balancer.Known(name); used != nil {
 				list = usedHosts(used, connections)
 			}
-			if !yield(admin.Cluster{Name: name, Hosts: list}) {
+			b := &cluster.Breakers
+			if !yield(admin.Cluster{Name: name, Hosts: list, Limits: admin.Limits{b.Connections, b.Pending, b.Requests, b.Retries}}) {
 				return
 			}
 		}

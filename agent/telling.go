@@ -116,6 +116,13 @@ func (t *telling) reach(transport func(cluster string, http2 bool) http.RoundTri
 	}
 }
 
+// follow lets go of the access logs that other listeners had.
+func (t *telling) follow(s *mesh.Snapshot) {
+	if t.planned != nil {
+		t.planned.Keep(s.AccessLogs())
+	}
+}
+
 // known returns a part of the pod's description, or "" if it is unknown.
 func known(text string) string {
 	if text == podinfo.Unknown {

@@ -132,7 +132,7 @@ func TestGatewayCarriesWebSockets(t *testing.T) {
 	eachEdge(t, func(t *testing.T, e *edge, scheme string) {
 		e.way().startPeer(t, 9001, program, "serve", "ADDRESS")
 		e.runPeer(t, program, "talk", strings.Replace(scheme, "http", "ws", 1)+"://"+gatewayAddress.String()+"/")
-		if line := e.agent.access.await(t, "GET / HTTP/1.1"); !strings.Contains(line, " 101 - ") {
+		if line := e.agent.access.await(t, "GET / HTTP/1.1"); !strings.Contains(line, " 101 ") { // the end of TLS may look like a lost client
 			t.Error(line)
 		}
 	})

@@ -186,12 +186,12 @@ func (e *edge) client(two bool) *http.Client {
 	return &http.Client{Transport: transport, Timeout: nettest.Patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// load sends requests until stop is called; stop returns how many were served. Each worker keeps its connection for a hundred
-// requests. A request that is not served fails the test.
-func (e *edge) load(t *testing.T, url string) (stop func() uint64) {
+// load sends requests until stop is called, and counts those that were served. Half of the workers keep a connection for a
+// hundred requests, and the others for one. A request that is not served fails the test.
+func (e *edge) load(t *testing.T, url string) (served *atomic.Uint64, stop func()) {
 	t.Helper()
 	var workers sync.WaitGroup
-	var served atomic.Uint64
+	served = new(atomic.Uint64)
 	over := make(chan struct{})
 	for i := range 8 {
 		workers.Go(func() {
@@ -214,17 +214,78 @@ func (e *edge) load(t *testing.T, url string) (stop func() uint64) {
 					t.Errorf("worker %d, request %d: %s, %q, %v", i, n, response.Status, body, err)
 					return
 				}
-				if served.Add(1); n%100 == 0 {
+				if served.Add(1); n%100 == 0 || i >= 4 {
 					client.CloseIdleConnections()
 				}
 			}
 		})
 	}
-	return func() uint64 {
+	return served, func() {
 		close(over)
 		workers.Wait()
-		return served.Load()
 	}
+}
+
+// Two gateways behind a service, as kube-proxy implements it, are replaced one after the other as a Deployment does it: the
+// next one is ready before one ends, and leaves the service only after its readiness has failed. No request is lost, over
+// connections that are kept and new ones, of HTTP/1 and HTTP/2.
+func TestGatewaysAreReplacedWithoutLosingARequest(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "shop")
+	e.certify(t, "shop", "shop.example")
+	e.peer.MustRun(t, "iptables", "-t", "nat", "-N", "SERVICE")
+	e.peer.MustRun(t, "iptables", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-d", nettest.PodIP4.String(), "--dport", "443", "-j", "SERVICE")
+	ready := func(i int) bool {
+		conn, err := e.pod.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", 15100+i), nettest.Patience)
+		if err != nil {
+			return false
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET /healthz/ready HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+		status, _ := bufio.NewReader(conn).ReadString('\n')
+		return strings.HasPrefix(status, "HTTP/1.1 200 ")
+	}
+	gateways := map[int]*agent{}
+	start := func(i int) {
+		port := func(base int) string { return fmt.Sprint(base + i) }
+		gateways[i] = launchCommand(t, e.pod, append(unprivileged(agentUID), pillion, "gateway", "--listen", port(8440), "--route", "*=127.0.0.1:9001",
+			"--cert", e.path("shop.pem"), "--key", e.path("shop.pem"), "--readiness-port", port(15100), "--status-port", "0", "--metrics-port", "0",
+			"--admin-port", "0", "--drain-delay", "5s"))
+		e.agent = gateways[i]
+		nettest.Eventually(t, "the gateway to be ready", func() bool { return ready(i) })
+	}
+	route := func(one, other int) {
+		rule := "-A SERVICE -p tcp -j DNAT --to-destination %v:%d"
+		cmd := e.peer.Command(0, 0, "iptables-restore", "--noflush")
+		cmd.Stdin = strings.NewReader(fmt.Sprintf("*nat\n:SERVICE - [0:0]\n"+rule+" -m statistic --mode nth --every 2 --packet 0\n"+rule+"\nCOMMIT\n",
+			nettest.PodIP4, 8440+one, nettest.PodIP4, 8440+other))
+		if out, err := e.peer.Run(cmd); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	start(0)
+	start(1)
+	route(0, 1)
+	served, stop := e.load(t, "https://shop.example/")
+	for i := range 2 {
+		start(i + 2)
+		gateways[i].Signal(syscall.SIGTERM)
+		nettest.Eventually(t, "readiness to fail", func() bool { return !ready(i) })
+		before := served.Load()
+		nettest.Eventually(t, "requests while the service does not follow yet", func() bool { return served.Load() >= before+100 })
+		route(i+1, i+2)
+		if code := gateways[i].ends(t, nettest.Patience); code != 0 {
+			t.Errorf("%v\n%s", gateways[i].Cmd.ProcessState, gateways[i].log)
+		}
+	}
+	wanted := uint64(10_000)
+	if raceDetector {
+		wanted = 1000
+	}
+	nettest.Eventually(t, "enough requests", func() bool { return served.Load() >= wanted || t.Failed() })
+	stop()
+	t.Logf("%d requests", served.Load())
 }
 
 // Routes, ports and certificates change under load, and files that cannot be used change nothing. No request is lost.
@@ -239,7 +300,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	}
 	settings("8443", "shop.example=127.0.0.1:9001")
 	e.start(t, "--config", e.path("edge.yaml"))
-	stop := e.load(t, "https://shop.example:8443/")
+	served, stop := e.load(t, "https://shop.example:8443/")
 	const url = "https://shop.example:8443/"
 	for range 2 {
 		settings("8443,8444", "shop.example=127.0.0.1:9002")
@@ -274,10 +335,10 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	if response, body := e.get(t, url, nil); !strings.HasPrefix(body, "one") || string(response.TLS.PeerCertificates[0].Raw) != presented {
 		t.Error("files that cannot be used have changed the gateway")
 	}
-	if served := stop(); served < 100 {
-		t.Errorf("only %d requests were served", served)
+	if stop(); served.Load() < 100 {
+		t.Errorf("only %d requests were served", served.Load())
 	} else {
-		t.Logf("%d requests", served)
+		t.Logf("%d requests", served.Load())
 	}
 	if conn, err := e.peer.Dial("tcp", net.JoinHostPort(nettest.PodIP4.String(), "8444"), nettest.Patience); err == nil {
 		conn.Close()
@@ -353,6 +414,50 @@ func TestGatewayDoesNotTrustItsClients(t *testing.T) {
 	if got := response.Header.Get("Seen-Proto"); got != "http" {
 		t.Errorf("the server sees x-forwarded-proto %q", got)
 	}
+}
+
+// The client is the one that the PROXY protocol names, behind curl's header as well. A connection without a header is reset.
+func TestGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t)
+	e.serve(t, 9001, "shop")
+	e.certify(t, "shop", "shop.example")
+	e.start(t, "--proxy-protocol", "--listen", "8443", "--redirect-http", "8080", "--route", "*=127.0.0.1:9001", "--cert", e.path("shop.pem"), "--key", e.path("shop.pem"))
+	const url = "https://shop.example:8443/"
+	for _, two := range []bool{false, true} {
+		client := e.client(two)
+		dial := client.Transport.(*http.Transport).DialContext
+		client.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			if err == nil {
+				_, err = io.WriteString(conn, "PROXY TCP4 203.0.113.7 198.51.100.2 4660 8443\r\n")
+			}
+			return conn, err
+		}
+		response, err := client.Get(url)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, e.agent.log)
+		}
+		response.Body.Close()
+		client.CloseIdleConnections()
+		if got := response.Header.Get("Seen-For"); got != "203.0.113.7" {
+			t.Errorf("HTTP/2 %v: the server sees the client %q", two, got)
+		}
+		e.agent.access.await(t, fmt.Sprintf("GET / HTTP/%s", map[bool]string{false: "1.1", true: "2"}[two]), " 203.0.113.7:4660 ")
+	}
+	if got := e.curl(t, "--haproxy-protocol", "--http2", url); got != "shop shop.example:8443/ 200 2" {
+		t.Errorf("curl: %q", got)
+	}
+	if got := e.curl(t, "--haproxy-protocol", "http://shop.example:8080/"); got != " 301 1.1" {
+		t.Errorf("curl without TLS: %q", got)
+	}
+	client := e.client(true)
+	defer client.CloseIdleConnections()
+	if response, err := client.Get(url); err == nil {
+		response.Body.Close()
+		t.Errorf("without a header: %s", response.Status)
+	}
+	e.agent.access.await(t, "DPE", nettest.PeerIP4.String())
 }
 
 // The flags set the limits of requests, below Envoy's and above.

@@ -26,6 +26,13 @@ type reviews struct {
 	Host     string
 	Clusters []subset
 	Routes   []rule
+	TCP      tcpPort
+}
+
+// tcpPort is a port whose connections are not HTTP, divided among clusters by weight. 0: there is none.
+type tcpPort struct {
+	Port    uint32
+	Weights map[string]uint32
 }
 
 type subset struct {
@@ -76,7 +83,7 @@ func newBook(t *testing.T, clusters []subset, routes ...rule) *book {
 func newBookOf(t *testing.T, host string, flags []string, clusters []subset, routes ...rule) *book {
 	t.Helper()
 	s, i := newMeshStage(t, flags...)
-	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{reviewsPort, host, clusters, routes}}
+	b := &book{stage: s, file: filepath.Join(t.TempDir(), "services.json"), reviews: reviews{Port: reviewsPort, Host: host, Clusters: clusters, Routes: routes}}
 	b.push(t)
 	i.start(t, "PERMISSIVE", "-services", b.file)
 	awaitReady(t, s.pod, s.agent)
@@ -113,26 +120,24 @@ func of(name string, ports ...int) subset {
 // progress are finished, and new connections are refused.
 func (b *book) review(t *testing.T, port int, status *atomic.Int32) (stop func()) {
 	listener := b.peer.Listen(t, "tcp4", at(port).String())
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		if code := status.Load(); code != 0 {
 			w.WriteHeader(int(code))
 		}
 		fmt.Fprint(w, port)
 	})}
+	server.Protocols.SetHTTP1(true)
+	server.Protocols.SetUnencryptedHTTP2(true)
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
 		server.Serve(listener)
 	}()
-	var once sync.Once
-	stop = func() {
-		once.Do(func() {
-			_ = server.Shutdown(context.Background())
-			<-served
-		})
+	t.Cleanup(func() { server.Close(); <-served })
+	return func() {
+		_ = server.Shutdown(context.Background())
+		<-served
 	}
-	t.Cleanup(stop)
-	return stop
 }
 
 // reader is one connection of the workload to the service.
@@ -240,74 +245,137 @@ func TestAnEjectedLocalityFailsOverAndReturns(t *testing.T) {
 	})
 }
 
-// Endpoints come and go 50 times a second, and their servers stop once they have been removed. Clients never see a failure.
+// Endpoints come and go 50 times a second, and their servers stop once they have been removed. One fails for a
+// while, is ejected and returns. Clients of HTTP/1 and of HTTP/2, with endpoints of both, never see a failure.
 func TestEndpointsComeAndGoUnderLoad(t *testing.T) {
 	t.Parallel()
-	const changes, readers = 150, 4
-	b := newBook(t, []subset{of(v1, 9081)}, rule{Weights: map[string]uint32{v1: 1}, Retries: 2})
-	b.review(t, 9081, new(atomic.Int32))
+	const changes, steady, sickly = 150, 9081, 9082
+	one, two := of(v1, steady, sickly), of(v2, steady, sickly)
+	one.Outliers, two.Outliers, two.HTTP2 = true, true, true
+	b := newBook(t, []subset{one, two}, rule{Path: "/two", Weights: map[string]uint32{v2: 1}, Retries: 3}, rule{Weights: map[string]uint32{v1: 1}, Retries: 3})
+	var ill atomic.Int32
+	b.review(t, steady, new(atomic.Int32))
+	b.review(t, sickly, &ill)
+	var wg sync.WaitGroup
 	end := make(chan struct{})
-	var requests atomic.Int64
-	var reading sync.WaitGroup
-	for range readers {
-		r := b.reader(t)
-		reading.Go(func() {
-			for {
-				select {
-				case <-end:
-					return
-				default:
-				}
-				if status, body, err := r.read(); err != nil || status != 200 {
-					t.Errorf("request %d: %d %q, %v", requests.Load(), status, body, err)
-					return
-				}
-				requests.Add(1)
-			}
-		})
+	load := make([]answers, 4)
+	for i := range load {
+		client, path, a := b.outbound().client(t, i >= 2), []string{"/one", "/two"}[i%2], &load[i]
+		for range 1 + i/2 { // streams of one connection of HTTP/2
+			wg.Go(func() { a.read(t, client, path, end) })
+		}
 	}
-	running := map[int]func(){}
-	tick := time.NewTicker(time.Second / 50)
+	type server struct {
+		port int
+		stop func()
+	}
+	var running []server
+	began, tick := time.Now(), time.NewTicker(time.Second/50)
 	defer tick.Stop()
 	for change := range changes {
 		<-tick.C
-		port := 9082 + change*7%13
-		stop := running[port]
-		if stop == nil {
-			running[port] = b.review(t, port, new(atomic.Int32))
+		switch change {
+		case 20:
+			ill.Store(503)
+		case 60:
+			ill.Store(0)
 		}
-		b.setEndpoints(t, port, stop == nil)
-		if stop != nil {
-			delete(running, port)
-			nettest.Eventually(t, "the agent to know that the endpoint is removed", func() bool {
+		if change%2 == 0 || len(running) < 4 {
+			port := steady + 100 + change
+			running = append(running, server{port, b.review(t, port, new(atomic.Int32))})
+			b.setEndpoints(t, port, true)
+			continue
+		}
+		oldest := running[0]
+		running = running[1:]
+		b.setEndpoints(t, oldest.port, false)
+		wg.Go(func() {
+			if !nettest.Within(nettest.Patience, func() bool {
 				_, clusters := get(t, b.pod, "http://127.0.0.1:15000/clusters")
-				return !strings.Contains(clusters, at(port).String()+"::")
-			})
-			stop()
-		}
+				return !strings.Contains(clusters, at(oldest.port).String()+"::")
+			}) {
+				t.Errorf("the agent keeps the endpoint %d", oldest.port)
+			}
+			oldest.stop() // requests in progress are finished
+		})
+	}
+	t.Logf("%d changes in %v", changes, time.Since(began))
+	for i := range load {
+		before := load[i].from(sickly)
+		nettest.Eventually(t, "the endpoint that failed to return", func() bool { return load[i].from(sickly) > before || t.Failed() })
 	}
 	close(end)
-	reading.Wait()
-	t.Logf("%d requests during %d changes", requests.Load(), changes)
-	if requests.Load() < readers {
-		t.Errorf("only %d requests", requests.Load())
+	wg.Wait()
+	_, stats := get(t, b.pod, "http://127.0.0.1:15000/clusters")
+	for i, name := range []string{v1, v2} {
+		if !strings.Contains(stats, name+"::"+at(sickly).String()+"::rq_error::") || strings.Contains(stats, name+"::"+at(sickly).String()+"::rq_error::0\n") {
+			t.Errorf("cluster %d: the endpoint that fails was not used meanwhile:\n%s", i, stats)
+		}
 	}
 }
 
-// setEndpoints adds or removes the endpoint at a port.
+// answers counts responses by the port that served them.
+type answers struct {
+	mu     sync.Mutex
+	counts map[string]int
+}
+
+func (a *answers) from(port int) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.counts[fmt.Sprint(port)]
+}
+
+// read sends requests until end is closed. Each must succeed.
+func (a *answers) read(t *testing.T, client *http.Client, path string, end <-chan struct{}) {
+	for {
+		select {
+		case <-end:
+			return
+		default:
+		}
+		request, err := http.NewRequest("GET", "http://"+at(reviewsPort).String()+path, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		request.Host = "reviews:9080"
+		response, err := client.Do(request)
+		if err != nil {
+			t.Errorf("%s: %v", path, err)
+			return
+		}
+		body, err := io.ReadAll(response.Body)
+		response.Body.Close()
+		if err != nil || response.StatusCode != 200 {
+			t.Errorf("%s by %s: %d %q, %v", path, response.Proto, response.StatusCode, body, err)
+			return
+		}
+		a.mu.Lock()
+		if a.counts == nil {
+			a.counts = map[string]int{}
+		}
+		a.counts[string(body)]++
+		a.mu.Unlock()
+	}
+}
+
+// setEndpoints adds or removes the endpoint at a port, in each cluster.
 func (b *book) setEndpoints(t *testing.T, port int, there bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	endpoints := b.Clusters[0].Endpoints[:0:0]
-	for _, e := range b.Clusters[0].Endpoints {
-		if e.Address != at(port) {
-			endpoints = append(endpoints, e)
+	for i := range b.Clusters {
+		endpoints := b.Clusters[i].Endpoints[:0:0]
+		for _, e := range b.Clusters[i].Endpoints {
+			if e.Address != at(port) {
+				endpoints = append(endpoints, e)
+			}
 		}
+		if there {
+			endpoints = append(endpoints, endpoint{Address: at(port)})
+		}
+		b.Clusters[i].Endpoints = endpoints
 	}
-	if there {
-		endpoints = append(endpoints, endpoint{Address: at(port)})
-	}
-	b.Clusters[0].Endpoints = endpoints
 	b.push(t)
 }
 

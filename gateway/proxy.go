@@ -76,10 +76,10 @@ func (p *Proxy) ServeConn(ctx context.Context, down *tcp.Conn) {
 		return
 	}
 	c.Record.OriginalDestination = dst
-	c.List()
-	if !c.AwaitConfiguration() {
+	if !c.AwaitConfiguration() || !c.TakeProxyHeader() {
 		return
 	}
+	c.List()
 
 	// The client's first bytes choose the filter chain. A listener of bytes without TLS has only one, and the server may be the
 	// side that sends first.

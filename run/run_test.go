@@ -69,6 +69,7 @@ func TestTheTableHasARowForEachDestination(t *testing.T) {
 		{Request: true, Authority: "b.example", Status: 200, Sent: 10, DurationMS: 2},
 		{Request: true, Authority: "b.example", Status: 503, Failed: true, Reason: "upstream_refused", DurationMS: 2},
 		{Request: true, Authority: "b.example", Status: 302, DurationMS: 2},
+		{Request: true, Authority: "b.example", Status: 500, Failed: true, Reason: "completed", DurationMS: 2}, // its class suffices
 		{SNI: "a.example", Destination: "203.0.113.1:443", Received: 1000, Sent: 1000},
 		{Direction: "inbound", Destination: "127.0.0.1:80", Failed: true, Reason: "upstream_reset"},
 	} {
@@ -82,7 +83,7 @@ func TestTheTableHasARowForEachDestination(t *testing.T) {
 	}
 	want := [][]string{
 		{"destination", "flows", "statuses", "p50", "p99", "bytes", "failures"},
-		{"b.example", "3", "2xx:1", "3xx:1", "5xx:1", "2.0ms", "2.0ms", "10B", "upstream_refused:1"},
+		{"b.example", "4", "2xx:1", "3xx:1", "5xx:2", "2.0ms", "2.0ms", "10B", "upstream_refused:1"},
 		{"a.example", "1", "-", "0ms", "0ms", "2.0K", "-"},
 		{"←", "127.0.0.1:80", "1", "-", "0ms", "0ms", "0B", "upstream_reset:1"},
 	}

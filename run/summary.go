@@ -67,8 +67,8 @@ func (d *destination) add(r *live.Record) {
 	}
 	d.connections = d.connections || !r.Request
 	d.durations.add(time.Duration(r.DurationMS * float64(time.Millisecond)))
-	if r.Failed {
-		d.failures[r.Reason]++
+	if cause := r.Cause(); cause != "" {
+		d.failures[cause]++
 	}
 }
 

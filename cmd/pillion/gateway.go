@@ -64,6 +64,10 @@ func (o *gatewayOptions) bind(flags *pflag.FlagSet) {
 			next := o.edge
 			return next, s.Set(&next, value)
 		}
+		if s.Kind == "bool" {
+			parsed(flags, &o.edge, set, s.Name, "", "false", s.Kind, s.Usage).NoOptDefVal = "true"
+			continue
+		}
 		parsed(flags, &o.edge, set, s.Name, "", "", s.Kind, s.Usage+"; may be repeated")
 	}
 	textFlag(flags, &o.file, "config", "path", "file with these settings instead, as \"listen: 8443\" on a line; several values are a list of YAML")

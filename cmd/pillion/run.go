@@ -4,14 +4,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/egress"
 	"github.com/pillion-proxy/pillion/internal/fault"
+	"github.com/pillion-proxy/pillion/internal/ownport"
 	"github.com/pillion-proxy/pillion/internal/terminal"
 	command "github.com/pillion-proxy/pillion/run"
 )
@@ -74,7 +77,7 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	textFlag(flags, &o.config.Record, "record", "path", "file of all records, one line of JSON each; requests as an HTTP Archive if its name ends with .har")
 	parsed(flags, &o.config.Bodies, parseBodies, "record-bodies", "", "0", "bytes", "an HTTP Archive has bodies, up to this size each, as 64Ki; without a value 1Mi; 0: none").NoOptDefVal = "1Mi"
 	parsedSwitch(flags, &o.config.Credentials, "record-credentials", "", "an HTTP Archive has credentials in clear; otherwise they are masked")
-	textFlag(flags, &o.config.UI, "ui", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
+	parsed(flags, &o.config.UI, parseUI, "ui", "", "", "address", "serve the live page at this address of the machine's loopback, such as 127.0.0.1:0 for any free port")
 	portsFlag(flags, &o.config.HostLoopback, "host-loopback", "ports of 127.0.0.1 and ::1 that lead to the machine's loopback, such as 5432,8080; * for all")
 	rulesFlag(flags, &o.config.Rules.Allow, "allow", "with --default deny, a destination that is allowed: a host such as example.com or *.example.com, an address or a network, with :PORT to allow one port; several are separated by commas")
 	rulesFlag(flags, &o.config.Rules.Deny, "deny", "a destination that is denied, as for --allow; it takes precedence")
@@ -100,6 +103,15 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 	parsed(flags, &o.config.Faults, faults, "fault", "", "", "fault", "a fault on purpose, in both directions, such as \"host=api.example,delay=200ms,percent=10\", \"abort=503\", \"rate=1MB/s\" or \"reset\"; may be repeated, the first that is drawn counts")
 	parsedSwitch(flags, &o.config.Decrypt, "decrypt", "", "end TLS in pillion and show what is inside; the command gets a certificate authority of this run by variables such as SSL_CERT_FILE, and servers are verified as always")
 	parsed(flags, &o.config.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in /etc/resolv.conf")
+}
+
+// parseUI verifies the address of the live page. What it shows is for this machine only.
+func parseUI(text string) (string, error) {
+	host, _, err := net.SplitHostPort(text)
+	if err != nil || host == "" || !ownport.NamesLoopback(host) {
+		return "", fmt.Errorf("%s is not an address and a port of loopback: use 127.0.0.1:0 or [::1]:8080", capture.Quoted(text))
+	}
+	return text, nil
 }
 
 // parseBodies reads the size of recorded bodies.

@@ -13,4 +13,6 @@
 //     shows the minimum. The load and the origin send precomputed bytes, the same for all proxies.
 //   - The proxies take turns, round by round, each time with a new process in new namespaces. A ratio is the median of the
 //     rounds' ratios, not the ratio of two medians, because a disturbance slows all proxies of a round.
+//
+// The rows of `pillion run` are durations on all cores instead, as its user sees them.
 package bench

@@ -25,6 +25,7 @@ type sizes struct {
 	rounds           int   // default number of rounds
 	connectionRounds int   // rounds for the cost of a connection; its target leaves the least room
 	latencyRounds    int   // rounds for latency; it is most sensitive to other work on the machine
+	downloads        int   // rounds of downloads through pillion run; other work on the machine affects them
 	bulk             int64 // bytes in each direction
 	connections      int64 // short connections
 	traced           int64 // short connections under strace
@@ -39,7 +40,7 @@ type sizes struct {
 }
 
 var fullSizes = sizes{
-	rounds: 3, connectionRounds: 7, latencyRounds: 5, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000,
+	rounds: 3, connectionRounds: 7, latencyRounds: 5, downloads: 7, bulk: 1 << 30, connections: 5000, traced: 200, messages: 40_000,
 	requests: 60_000, paced: 2 * requestsPerSecond, handshakes: 3000, idle: 3000, settle: 3 * time.Second, pushed: 8 * time.Second, starts: 11, inits: 15,
 }
 
@@ -77,6 +78,8 @@ var figures = []struct {
 	{"edge-tls", measureEdgeTLS},
 	{"edge-connections", measureEdgeConnections},
 	{"init", measureInit},
+	{"run-start", measureRunStart},
+	{"run-download", measureRunDownload},
 }
 
 // chosen reports whether a figure is to be measured.

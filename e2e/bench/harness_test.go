@@ -10,7 +10,7 @@ import (
 func TestHarnessMeasuresEveryFigure(t *testing.T) {
 	k := newKit(t, false)
 	small := sizes{
-		rounds: 1, connectionRounds: 1, latencyRounds: 1, bulk: 4 << 20, connections: 50, traced: 10, messages: 320,
+		rounds: 1, connectionRounds: 1, latencyRounds: 1, downloads: 1, bulk: 4 << 20, connections: 50, traced: 10, messages: 320,
 		requests: 512, paced: 200, handshakes: 50, idle: 50, settle: 10 * time.Millisecond, pushed: 10 * time.Millisecond, starts: 1, inits: 1,
 	}
 	for _, f := range figures {

@@ -98,7 +98,7 @@ func writeTable(w io.Writer, rows []*row, loadBefore string) {
 		return !slices.ContainsFunc(rows, func(r *row) bool { return len(r.samples[name]) > 0 })
 	}
 	columns := slices.DeleteFunc(slices.Clone(columns), absent)
-	ratios := slices.DeleteFunc([]string{nameHAProxy, nameReverseProxy, nameSilent, nameUnrouted}, absent)
+	ratios := slices.DeleteFunc([]string{nameHAProxy, nameReverseProxy, nameSilent, nameUnrouted, nameDirect}, absent)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintf(table, "figure\tunit\t%s\t", strings.Join(columns, "\t"))
 	for _, name := range ratios {

@@ -2,6 +2,7 @@ package hostility
 
 import (
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -64,6 +65,15 @@ var attacks = []attack{
 	{"CONTINUATION flood, routed", 20, bystanderAddress, secured(continuationFlood, "h2"), gateway},
 	{"SETTINGS flood, routed", 20, bystanderAddress, secured(flood(http2.FrameSettings, 6), "h2"), gateway},
 	{"unfinished header blocks, routed", 200, bystanderAddress, secured(unfinishedBlock, "h2"), gateway},
+	{"fields repeated by their HPACK index, routed", 4, directAddress, secured(repeatedFields, "h2"), gateway},
+	{"stalled windows, routed", 50, directAddress, secured(stalledWindow, "h2"), gateway},
+	{"stalled windows, routed over HTTP/2", 50, directAddress, secured(stalledCalls, "h2"), gateway},
+	{"stalled downloads, routed over HTTP/2", 200, directAddress, secured(stalledDownload2, "h2"), gateway},
+	{"stalled downloads at a gateway", 1000, directAddress, secured(stalledDownload), gateway},
+	{"unfinished records at a gateway", 2000, bystanderAddress, unfinishedRecord, gateway},
+	{"ClientHellos without end at a gateway", 2000, bystanderAddress, unfinishedHello, gateway},
+	{"garbage inside TLS at a gateway", 50, bystanderAddress, secured(garbage), gateway},
+	{"garbage behind handshakes at a gateway", 50, bystanderAddress, garbageRecord, gateway},
 }
 
 const shortForm = 4000
@@ -128,6 +138,9 @@ func drain(conn net.Conn) { io.Copy(io.Discard, conn) }
 
 // stay waits until the agent ends the connection, and reads nothing before.
 func stay(conn net.Conn) {
+	if secured, ok := conn.(*tls.Conn); ok {
+		conn = secured.NetConn()
+	}
 	raw, err := conn.(*net.TCPConn).SyscallConn()
 	if err != nil {
 		return
@@ -291,11 +304,18 @@ func unfinishedBlock(conn net.Conn, begun func()) {
 }
 
 // stalledWindow opens streams whose responses may send no byte.
-func stalledWindow(conn net.Conn, begun func()) {
+func stalledWindow(conn net.Conn, begun func()) { stall(conn, begun) }
+
+// stalledCalls is stalledWindow with calls of gRPC, which stay HTTP/2 on their way to the origin.
+func stalledCalls(conn net.Conn, begun func()) {
+	stall(conn, begun, hpack.HeaderField{Name: "content-type", Value: "application/grpc"})
+}
+
+func stall(conn net.Conn, begun func(), more ...hpack.HeaderField) {
 	p := begin2(conn, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 	go drain(conn)
 	for i := range uint32(1000) {
-		if p.request(2*i+1, "/large") != nil {
+		if p.request(2*i+1, "/large", more...) != nil {
 			return
 		}
 	}

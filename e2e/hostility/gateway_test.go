@@ -43,3 +43,49 @@ func secured(carry func(net.Conn, func()), protocols ...string) func(net.Conn, f
 		carry(tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: protocols}), begun)
 	}
 }
+
+// handshake performs a handshake, after which the connection carries bytes without TLS. Nil: it has failed.
+func handshake(conn net.Conn) net.Conn {
+	if tls.Client(conn, &tls.Config{InsecureSkipVerify: true}).Handshake() != nil {
+		return nil
+	}
+	return conn
+}
+
+// unfinishedRecord sends the beginning of a record of 16 KiB after its handshake.
+func unfinishedRecord(conn net.Conn, begun func()) {
+	if handshake(conn) == nil {
+		return
+	}
+	if _, err := conn.Write(append([]byte{23, 3, 3, 0x40, 0}, make([]byte, 16_000)...)); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+// unfinishedHello sends the beginning of a ClientHello of 16 KiB.
+func unfinishedHello(conn net.Conn, begun func()) {
+	if _, err := conn.Write(append([]byte{22, 3, 1, 0x3f, 0xf0, 1, 0, 0x3f, 0xec, 3, 3}, make([]byte, 15_000)...)); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+// garbageRecord sends a record after its handshake that cannot be decrypted.
+func garbageRecord(conn net.Conn, begun func()) {
+	if handshake(conn) == nil {
+		return
+	}
+	if _, err := conn.Write(append([]byte{23, 3, 3, 0x40, 0}, make([]byte, 0x4000)...)); err == nil {
+		begun()
+		drain(conn)
+	}
+}
+
+// garbage sends bytes of no protocol.
+func garbage(conn net.Conn, begun func()) {
+	if _, err := conn.Write(make([]byte, 16<<10)); err == nil {
+		begun()
+		drain(conn)
+	}
+}

@@ -57,12 +57,6 @@ var alsAddresses = [...]struct {
 	address
 }{{2, downstreamRemote}, {3, downstreamLocal}, {13, upstreamRemote}, {14, upstreamLocal}, {20, downstreamDirect}}
 
-// Types of entries (envoy.data.accesslog.v3.AccessLogType).
-const (
-	tcpConnectionEnd = 3
-	downstreamEnd    = 6
-)
-
 // appendCommon appends the fields of AccessLogCommon.
 func (e *alsEntry) appendCommon(b []byte, r *flow.Record, lasted time.Duration) []byte {
 	b = wire.AppendDouble(b, 1, 1) // the sample rate: always 1 in Envoy
@@ -89,11 +83,7 @@ func (e *alsEntry) appendCommon(b []byte, r *flow.Record, lasted time.Duration) 
 	b = numberField(b, 24, uint64(r.Attempts))
 	b = textField(b, 26, r.HTTP.ID)
 	b = textField(b, 28, r.DownstreamFailure())
-	kind := uint64(tcpConnectionEnd)
-	if r.IsRequest() {
-		kind = downstreamEnd
-	}
-	return numberField(b, 33, kind)
+	return numberField(b, 33, uint64(typeOf(r)))
 }
 
 // alsFlags are the numbers of flags in ResponseFlags, from 1.

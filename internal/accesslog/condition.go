@@ -3,12 +3,14 @@ package accesslog
 import (
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -16,6 +18,8 @@ import (
 type condition struct {
 	*mesh.LogFilter
 	program *cel.Program // of LogExpression
+	field   source       // of LogHeader
+	text    match.Text   // of LogHeader, if it compares texts
 	of      []condition  // of LogAnd and LogOr
 }
 
@@ -40,6 +44,16 @@ func (s *Sinks) bind(f *mesh.LogFilter) *condition {
 	c := &condition{LogFilter: f}
 	if f.Expression != nil {
 		c.program = f.Expression.Bind(s.place)
+	}
+	if f.Header != nil {
+		from, known := always[f.Header.Name]
+		if place := 0; !known {
+			if place = s.place(cel.Header{Name: f.Header.Name}); place < 0 {
+				return &condition{LogFilter: &mesh.LogFilter{}}
+			}
+			from = fromRequest + source(place)
+		}
+		c.field, c.text = from, match.Compile(&f.Header.Text)
 	}
 	for i := range f.Filters {
 		c.of = append(c.of, *s.bind(&f.Filters[i]))
@@ -76,12 +90,48 @@ func (c *condition) judge(r *flow.Record, lasted time.Duration) verdict {
 			status = int(envoy.GRPCUnknown)
 		}
 		return verdictOf(slices.Contains(c.Statuses, uint32(status)) != c.Exclude)
+	case mesh.LogHeader:
+		return c.header(c.field.of(r.HTTP))
+	case mesh.LogType:
+		return verdictOf(slices.Contains(c.Statuses, typeOf(r)) != c.Exclude)
 	case mesh.LogTraced:
 		return verdictOf(r.HTTP.Trace != nil && r.HTTP.Trace.Sampled)
 	case mesh.LogSample:
 		return verdictOf(rand.Uint32N(max(c.Sample.Denominator, 1)) < c.Sample.Numerator)
 	}
 	return unknown
+}
+
+// typeOf returns the type of a record.
+func typeOf(r *flow.Record) uint32 {
+	if r.IsRequest() {
+		return mesh.TypeRequestEnd
+	}
+	return mesh.TypeConnectionEnd
+}
+
+// header judges the value of a header field; nil: the request does not have it.
+func (c *condition) header(value []byte) verdict {
+	h := c.Header
+	if value == nil && h.MissingIsEmpty {
+		value = []byte{}
+	}
+	v := match.No
+	switch {
+	case h.Kind == mesh.HeaderPresence:
+		v = match.Of((value != nil) == h.Present)
+	case value == nil:
+		return no // also of an inverted matcher
+	case h.Kind == mesh.HeaderText:
+		v = c.text.Match(value)
+	default:
+		n, err := strconv.ParseInt(string(value), 10, 64)
+		v = match.Of(err == nil && h.Start <= n && n < h.End)
+	}
+	if h.Invert {
+		v = -v
+	}
+	return verdict(v + 1)
 }
 
 func (c *condition) compare(n int64) bool {

@@ -23,30 +23,45 @@ const (
 	maxServiceDelay = time.Minute
 )
 
-// serve makes l a log that sends records to a service. It returns the cluster, and what of the form is not understood.
-func (s *Sinks) serve(l *Log, c *mesh.LogService) (cluster string, problems []error) {
-	config := export.Config{
+// service is how records are sent to a service, and a name that differs if anything about that does.
+type service struct {
+	export.Config
+	name string
+}
+
+// config returns how records are sent to a service.
+func (s *Sinks) config(c *mesh.LogService) (to service) {
+	to.Config = export.Config{
 		What: "access log records", Counts: &s.counts, Log: s.Log,
 		Delay: min(cmp.Or(c.Delay, serviceDelay), maxServiceDelay), BatchBytes: int(min(cmp.Or(c.Bytes, serviceBytes), maxServiceBytes)),
 	}
-	name := ""
+	if c.Kind == mesh.OpenTelemetryLogs {
+		to.Levels, to.Field = export.OTLP(s.resource(c), attributesOf(c.Resource)), export.OTLPItem
+		to.name, to.Target, to.Sender = export.To(&c.To, otelMethod, s.Transport)
+	} else {
+		to.Levels, to.Field = []export.Level{{Number: 2 + int(c.Kind)}}, 1 // http_logs or tcp_logs, and their entries
+		var sender export.Sender
+		to.name, to.Target, sender = export.To(&c.To, streamMethod, s.Transport)
+		identifier := wire.AppendString(wire.AppendBytes(nil, 1, s.Node), 2, c.Name)
+		to.Sender = &export.StreamSender{GRPCSender: *sender.(*export.GRPCSender), First: wire.AppendBytes(nil, 1, identifier)}
+	}
+	to.name = "service " + to.name
+	for _, part := range []string{c.Name, strconv.Itoa(int(c.Kind)), to.Delay.String(), strconv.Itoa(to.BatchBytes), string(to.Levels[0].Head)} {
+		to.name += " " + part
+	}
+	return to
+}
+
+// serve makes l a log that sends records to a service. It returns the cluster, and what of the form is not understood.
+func (s *Sinks) serve(l *Log, c *mesh.LogService) (cluster string, problems []error) {
 	if c.Kind == mesh.OpenTelemetryLogs {
 		l.entry, problems = s.otelRecord(c)
-		config.Levels, config.Field = export.OTLP(s.resource(c), attributesOf(c.Resource)), export.OTLPItem
-		name, config.Target, config.Sender = export.To(&c.To, otelMethod, s.Transport)
 	} else {
 		l.entry, problems = s.alsEntry(c)
-		config.Levels, config.Field = []export.Level{{Number: 2 + int(c.Kind)}}, 1 // http_logs or tcp_logs, and their entries
-		var sender export.Sender
-		name, config.Target, sender = export.To(&c.To, streamMethod, s.Transport)
-		identifier := wire.AppendString(wire.AppendBytes(nil, 1, s.Node), 2, c.Name)
-		config.Sender = &export.StreamSender{GRPCSender: *sender.(*export.GRPCSender), First: wire.AppendBytes(nil, 1, identifier)}
 	}
-	for _, part := range []string{c.Name, strconv.Itoa(int(c.Kind)), config.Delay.String(), strconv.Itoa(config.BatchBytes), string(config.Levels[0].Head)} {
-		name += " " + part
-	}
-	l.service = s.exporter(name, config)
-	return config.Target, problems
+	to := s.config(c)
+	l.service = s.exporter(to.name, to.Config)
+	return to.Target, problems
 }
 
 // resource returns the attributes of this process, with those of Envoy that name the log and the node.
@@ -94,11 +109,13 @@ func (s *Sinks) exporter(name string, config export.Config) *export.Exporter {
 	if s.services == nil {
 		s.services = map[string]*export.Exporter{}
 	}
-	if len(s.services) == maxFiles {
-		s.Log.Error("too many access logs", "path", config.Target, "limit", maxFiles)
+	if s.crowded(true, config.Target) {
 		return nil
 	}
 	e := export.New(config)
+	if s.gone(name) {
+		e.Retire(true)
+	}
 	s.services[name] = e
 	return e
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -34,7 +35,10 @@ type Sinks struct {
 	mu       sync.Mutex
 	files    map[string]*writer
 	services map[string]*export.Exporter
+	kept     map[string]bool // what is configured, by the keys of files and services; nil: not known yet
 	closed   bool
+
+	goneWritten, goneDropped uint64 // of files that were forgotten
 }
 
 // maxFiles bounds the files of access logs, each of which has a queue and a goroutine, and likewise the services. Records for
@@ -177,13 +181,83 @@ func (s *Sinks) writer(path string) *writer {
 	if s.files == nil {
 		s.files = map[string]*writer{}
 	}
-	if len(s.files) == maxFiles {
-		s.Log.Error("too many access logs", "path", path, "limit", maxFiles)
+	if s.crowded(false, path) {
 		return nil
 	}
 	w := startWriter(path, 0, s.Log, nil)
+	w.park(s.gone(path))
 	s.files[path] = w
 	return w
+}
+
+// gone reports whether a file or service is not configured any more. s.mu is held.
+func (s *Sinks) gone(key string) bool { return s.kept != nil && !s.kept[key] }
+
+// crowded reports whether there are too many files, or services, for another one. s.mu is held.
+func (s *Sinks) crowded(services bool, target string) bool {
+	n := 0
+	for path := range s.files {
+		if !services && !s.gone(path) {
+			n++
+		}
+	}
+	for name := range s.services {
+		if services && !s.gone(name) {
+			n++
+		}
+	}
+	if n < maxFiles {
+		return false
+	}
+	s.Log.Error("too many access logs", "path", target, "limit", maxFiles)
+	return true
+}
+
+// maxGone bounds the files and services that were configured once: connections that began then may still be logged.
+const maxGone = 64
+
+// Keep closes the files and the connections to services that are not configured any more, as soon as what is queued is
+// written. They are opened again for connections that began before, and if they are configured again.
+func (s *Sinks) Keep(configured iter.Seq[[]mesh.AccessLog]) {
+	kept := map[string]bool{}
+	seen := map[*mesh.AccessLog]bool{}
+	for logs := range configured {
+		if len(logs) == 0 || seen[&logs[0]] {
+			continue
+		}
+		seen[&logs[0]] = true
+		for i := range logs {
+			kept[s.key(&logs[i])] = true
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.kept = kept
+	for path, w := range s.files {
+		gone := s.gone(path)
+		if w.park(gone); gone && len(s.files) > maxGone && w.forget() {
+			s.goneWritten += w.written.Load()
+			s.goneDropped += w.lost()
+			delete(s.files, path)
+		}
+	}
+	for name, e := range s.services {
+		gone := s.gone(name)
+		if e.Retire(gone); gone && len(s.services) > maxGone && e.Idle() {
+			delete(s.services, name)
+		}
+	}
+}
+
+// key returns what distinguishes the file or service of a log from others.
+func (s *Sinks) key(c *mesh.AccessLog) string {
+	if c.Service == nil {
+		return c.Path
+	}
+	return s.config(c.Service).name
 }
 
 // each returns the queues.
@@ -205,6 +279,9 @@ func (s *Sinks) Reopen() {
 
 // Counts returns the numbers of records that were written or sent, and that were lost.
 func (s *Sinks) Counts() (written, dropped uint64) {
+	s.mu.Lock()
+	written, dropped = s.goneWritten, s.goneDropped
+	s.mu.Unlock()
 	for _, w := range s.each() {
 		written += w.written.Load()
 		dropped += w.lost()

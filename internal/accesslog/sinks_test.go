@@ -62,6 +62,10 @@ func TestFiltersOfAControlPlane(t *testing.T) {
 	status := func(compare mesh.Comparison, value uint32) mesh.LogFilter {
 		return mesh.LogFilter{Kind: mesh.LogStatus, Compare: compare, Value: value}
 	}
+	header := func(h mesh.HeaderMatcher) mesh.LogFilter {
+		return mesh.LogFilter{Kind: mesh.LogHeader, Header: &h}
+	}
+	failed.HTTP.Fields = [][]byte{nil, []byte("42")} // x-number, behind x-first
 	for name, c := range map[string]struct {
 		filter mesh.LogFilter
 		want   string // whether each record is written
@@ -79,6 +83,18 @@ func TestFiltersOfAControlPlane(t *testing.T) {
 		"status unequal":       {status(mesh.Unequal, 200), "0101"},
 		"duration":             {mesh.LogFilter{Kind: mesh.LogDuration, Compare: mesh.AtLeast, Value: 1000}, "0100"},
 		"traced":               {mesh.LogFilter{Kind: mesh.LogTraced}, "0010"},
+		"type request":         {mesh.LogFilter{Kind: mesh.LogType, Statuses: []uint32{mesh.TypeRequestEnd}}, "1110"},
+		"type connection":      {mesh.LogFilter{Kind: mesh.LogType, Statuses: []uint32{1, mesh.TypeConnectionEnd}}, "0001"},
+		"no type request":      {mesh.LogFilter{Kind: mesh.LogType, Statuses: []uint32{mesh.TypeRequestEnd}, Exclude: true}, "0001"},
+		"header present":       {header(mesh.HeaderMatcher{Name: "x-number", Present: true}), "0100"},
+		"header absent":        {header(mesh.HeaderMatcher{Name: "x-number", Present: true, Invert: true}), "1011"},
+		"header range":         {header(mesh.HeaderMatcher{Name: "x-number", Kind: mesh.HeaderRange, Start: 42, End: 43}), "0100"},
+		"header out of range":  {header(mesh.HeaderMatcher{Name: "x-number", Kind: mesh.HeaderRange, Start: 1, End: 42}), "0000"},
+		"header text":          {header(mesh.HeaderMatcher{Name: "x-number", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: "4."}}), "0100"},
+		"header inverted":      {header(mesh.HeaderMatcher{Name: "x-number", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "1"}, Invert: true}), "0100"}, // missing does not match
+		"header or empty":      {header(mesh.HeaderMatcher{Name: "x-number", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "1"}, Invert: true, MissingIsEmpty: true}), "1111"},
+		"header method":        {header(mesh.HeaderMatcher{Name: ":method", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "GET"}}), "1110"},
+		"header, no pattern":   {header(mesh.HeaderMatcher{Name: ":method", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: "("}}), "1110"},
 		"all of a sample":      {mesh.LogFilter{Kind: mesh.LogSample, Sample: mesh.Fraction{Numerator: 100, Denominator: 100}}, "1111"},
 		"nothing of a sample":  {mesh.LogFilter{Kind: mesh.LogSample, Sample: mesh.Fraction{Denominator: 100}}, "0000"},
 		"expression":           {*expression(t, "response.code >= 400"), "0100"},

@@ -42,6 +42,8 @@ type writer struct {
 	free    [][]byte
 	held    int  // number of chunks: open, full, and the one being written
 	armed   bool // the timer runs, or its tick has not been received
+	running bool // there is the goroutine
+	parked  bool // it ends, and the file is closed, whenever all lines are written
 	closed  bool
 	dropped uint64
 
@@ -68,8 +70,58 @@ func startWriter(path string, queueBytes int, log *slog.Logger, file *os.File) *
 		wake: make(chan struct{}, 1), closing: make(chan struct{}), done: make(chan struct{}),
 	}
 	w.timer.Stop()
+	w.running = true
 	go w.run()
 	return w
+}
+
+// park sets whether the file is closed when all lines are written: it is not configured any more. Lines of connections that
+// began before open it again.
+func (w *writer) park(parked bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.parked = parked; !parked {
+		w.ensure()
+	}
+	w.nudge()
+}
+
+// ensure starts the goroutine again. w.mu is held.
+func (w *writer) ensure() {
+	if !w.running && !w.closed {
+		w.running = true
+		go w.run()
+	}
+}
+
+// forget reports whether a parked writer has written all its lines.
+func (w *writer) forget() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !w.running
+}
+
+// rest reports whether the goroutine is to end until there is another line.
+func (w *writer) rest() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.parked || w.closed || w.armed || w.open != nil || len(w.full) > 0 {
+		return false
+	}
+	w.running, w.free = false, nil
+	w.leave()
+	return true
+}
+
+// leave closes the file. w.mu is held.
+func (w *writer) leave() {
+	if w.next != nil {
+		w.next.Close()
+	}
+	if w.file != nil {
+		w.file.Close()
+	}
+	w.file, w.next = nil, nil
 }
 
 // openSink opens path for appending. Our own descriptors are not opened by path, since /proc may be hidden or belong to
@@ -119,6 +171,7 @@ func (w *writer) put(line []byte) {
 	}
 	w.open = append(w.open, line...)
 	w.arm()
+	w.ensure()
 }
 
 // drop counts a lost line. The first one is logged by a separate goroutine, because the writer may be stuck, and the
@@ -161,9 +214,10 @@ func (w *writer) nudge() {
 
 // run is the goroutine that writes.
 func (w *writer) run() {
-	defer close(w.done)
-	defer w.warning.Wait()
 	if w.file == nil {
+		if w.rest() {
+			return
+		}
 		if err := w.begin(); err != nil {
 			w.failed(err)
 		}
@@ -178,6 +232,9 @@ func (w *writer) run() {
 		case <-w.closing:
 			w.drain(true)
 			w.end()
+			return
+		}
+		if w.rest() {
 			return
 		}
 	}
@@ -344,6 +401,12 @@ func (w *writer) replaced() bool {
 func (l *Log) Reopen() { l.writer.reopen() }
 
 func (w *writer) reopen() {
+	w.mu.Lock()
+	running := w.running
+	w.mu.Unlock()
+	if !running {
+		return
+	}
 	file, err := openSink(w.path)
 	if err != nil {
 		w.mu.Lock()
@@ -357,7 +420,7 @@ func (w *writer) reopen() {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed {
+	if w.closed || !w.running {
 		file.Close()
 		return
 	}
@@ -394,6 +457,9 @@ func (w *writer) close(ctx context.Context) error {
 	if !w.closed {
 		w.closed = true
 		close(w.closing)
+		if !w.running {
+			close(w.done)
+		}
 	}
 	w.mu.Unlock()
 	select {
@@ -422,11 +488,8 @@ func (w *writer) close(ctx context.Context) error {
 func (w *writer) end() {
 	w.timer.Stop()
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.next != nil {
-		w.next.Close()
-	}
-	if w.file != nil {
-		w.file.Close()
-	}
+	w.leave()
+	w.mu.Unlock()
+	w.warning.Wait()
+	close(w.done)
 }

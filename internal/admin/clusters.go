@@ -54,10 +54,14 @@ func (h *handler) hosts() []host {
 
 // clusterStatus is a cluster with its hosts.
 type clusterStatus struct {
-	name  string
-	added bool // by the control plane
-	hosts []hostStatus
+	name   string
+	added  bool // by the control plane
+	limits Limits
+	hosts  []hostStatus
 }
+
+// limitNames are Envoy's names of Limits.
+var limitNames = [...]string{"max_connections", "max_pending_requests", "max_requests", "max_retries"}
 
 // hostStatus is a host. open is negative if the connections to it are not counted.
 type hostStatus struct {
@@ -82,7 +86,7 @@ func (h *handler) statuses() iter.Seq[clusterStatus] {
 		}
 		if h.ControlPlane != nil {
 			for c := range h.ControlPlane.Clusters() {
-				status := clusterStatus{c.Name, true, opened(c.Name)}
+				status := clusterStatus{c.Name, true, c.Limits, opened(c.Name)}
 				for _, host := range c.Hosts {
 					status.hosts = append(status.hosts, hostStatus{host, -1})
 				}
@@ -93,7 +97,7 @@ func (h *handler) statuses() iter.Seq[clusterStatus] {
 			}
 		}
 		for _, name := range own {
-			if !yield(clusterStatus{name, false, opened(name)}) {
+			if !yield(clusterStatus{name: name, hosts: opened(name)}) {
 				return
 			}
 		}
@@ -134,6 +138,13 @@ func (h *handler) clusters(w http.ResponseWriter, r *http.Request) {
 
 func (c *clusterStatus) object() object {
 	o := object{"name": c.name, "observability_name": c.name, "added_via_api": c.added}
+	if c.added {
+		limits := object{}
+		for i, name := range limitNames {
+			limits[name] = c.limits[i]
+		}
+		o["circuit_breakers"] = object{"thresholds": []object{limits}}
+	}
 	var hosts []object
 	for i := range c.hosts {
 		hosts = append(hosts, c.hosts[i].object())
@@ -182,6 +193,11 @@ func (h *hostStatus) object() object {
 func (c *clusterStatus) text() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s::observability_name::%s\n%s::added_via_api::%t\n", c.name, c.name, c.name, c.added)
+	for i := range limitNames {
+		if c.added {
+			fmt.Fprintf(&b, "%s::default_priority::%s::%d\n", c.name, limitNames[i], c.limits[i])
+		}
+	}
 	for i := range c.hosts {
 		h := &c.hosts[i]
 		address := joinHostPort(h.Address, h.Port)

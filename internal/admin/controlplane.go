@@ -31,9 +31,13 @@ type ControlPlane interface {
 
 // Cluster is a cluster of the control plane with the hosts that it has now.
 type Cluster struct {
-	Name  string
-	Hosts []Host
+	Name   string
+	Limits Limits
+	Hosts  []Host
 }
+
+// Limits are what a cluster carries at a time: connections, requests that wait for one, requests, and retries.
+type Limits [4]uint32
 
 // Host is one host of a cluster.
 type Host struct {

@@ -88,7 +88,7 @@ func controlled() configured {
 		typed(routesType, in("80", 1, "80", 2, message(1, "web:80", 2, "*")), refused("refused")),
 		typed(secretType, in("kubernetes://cert", 1, "kubernetes://cert", 2, message(1, message(2, "chain"), 2, message(2, secretKey))), refused("kubernetes://other")),
 		typed(extensionType, in("wasm", 1, "wasm", 2, message(1, typePrefix+secretType, 2, message(1, "inner")))),
-	), clusters: []Cluster{{Name: "outbound|80||web.shop.svc.cluster.local", Hosts: []Host{
+	), clusters: []Cluster{{Name: "outbound|80||web.shop.svc.cluster.local", Limits: Limits{100, 20, 300, 4}, Hosts: []Host{
 		{Address: "198.51.100.8", Port: 8080, Weight: 3, Health: "HEALTHY", Region: "here", Zone: "a", SubZone: "b"},
 		{Address: "name.example", Port: 443, Weight: 1, Priority: 1, Health: "UNHEALTHY"},
 		{Address: "198.51.100.9", Port: 8080, Weight: 1, Health: "UNKNOWN", Ejected: true, Use: &Use{Active: 1, Total: 9, Successes: 6, Errors: 2, ConnectFailures: 1, Connections: 3}},

@@ -14,7 +14,7 @@ var arrows = []struct {
 	to   []string
 	why  string
 }{
-	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/edge", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/tracing"},
+	{"cmd/pillion", []string{"agent", "healthz", "iptables", "iptables/kernel", "iptables/report", "iptables/validate", "run", "internal/capture", "internal/certview", "internal/checklist", "internal/commandline", "internal/configview", "internal/edge", "internal/egress", "internal/fault", "internal/httpforward", "internal/identity", "internal/istiod", "internal/live", "internal/logring", "internal/netns", "internal/ownport", "internal/podinfo", "internal/preflight", "internal/proxyconfig", "internal/sandbox", "internal/terminal", "internal/tracing"},
 		"flags become configuration; everything else is decided below"},
 	{"agent", []string{"gateway", "healthz", "inbound", "outbound", "internal/accesslog", "internal/admin", "internal/balance", "internal/budget", "internal/capture", "internal/cel", "internal/certview", "internal/configdump", "internal/configview", "internal/controlplane", "internal/dns", "internal/edge", "internal/egress", "internal/export", "internal/flow", "internal/httpforward", "internal/istiod", "internal/listener", "internal/live", "internal/localaddr", "internal/mesh", "internal/metrics", "internal/ownport", "internal/peers", "internal/podinfo", "internal/probe", "internal/relay", "internal/scrape", "internal/serve", "internal/status", "internal/tcp", "internal/tracing", "internal/upstream", "internal/xds"},
 		"the agent builds all parts and stops them in order"},
@@ -50,7 +50,7 @@ var arrows = []struct {
 	{"internal/probe", []string{"internal/capture", "internal/envoy", "internal/http2", "internal/ownport", "internal/sockopt"},
 		"a probe comes from the address that the rules let pass; one of gRPC is a few frames of HTTP/2"},
 	{"internal/status", []string{"internal/ownport"}, "a handler may need more time than its server gives, and loopback is not always local"},
-	{"internal/tcp", []string{"internal/sockopt"}, "a socket is born with its options"},
+	{"internal/tcp", []string{"internal/budget", "internal/sockopt"}, "a socket is born with its options; what a record layer holds while it waits is in the process's budget"},
 	{"internal/dns", []string{"internal/sockopt"}, "the kernel counts the queries that it drops at a socket"},
 	{"internal/metrics", []string{"internal/cel", "internal/dns", "internal/envoy", "internal/flow", "internal/mesh", "internal/podinfo", "internal/promtext"},
 		"a control plane changes labels, by expressions; records are counted, under the names of this workload, and written; the resolver counts itself"},
@@ -65,7 +65,7 @@ var arrows = []struct {
 	{"internal/listener", []string{"internal/tcp"}, "the accept loop hands connections on"},
 	{"internal/upstream", []string{"internal/flow", "internal/tcp"}, "a failed dial has a reason"},
 	{"internal/scrape", []string{"internal/promtext"}, "scraped metrics are parsed, merged and written"},
-	{"internal/accesslog", []string{"internal/cel", "internal/envoy", "internal/export", "internal/flow", "internal/mesh", "internal/wire"}, "a line prints a record; a control plane configures formats, as protobuf, filters, as expressions, and services that get records"},
+	{"internal/accesslog", []string{"internal/cel", "internal/envoy", "internal/export", "internal/flow", "internal/match", "internal/mesh", "internal/wire"}, "a line prints a record; a control plane configures formats, as protobuf, filters, as expressions, and services that get records"},
 	{"internal/cel", []string{"internal/envoy", "internal/flow"}, "expressions judge records; response flags have Envoy's numbers"},
 	{"internal/admin", []string{"internal/configdump", "internal/envoy", "internal/flow", "internal/ownport", "internal/promtext"},
 		"metrics are written; open connections come from the table; resources of a control plane are printed from their bytes; local clients are recognised in one place; the rest are values"},

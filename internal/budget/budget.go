@@ -29,6 +29,7 @@ type Budget struct {
 	limit     int
 	used      atomic.Int64 // the sum of all accounts; written under mu
 	evictions atomic.Uint64
+	detained  atomic.Int32 // connections, after their eviction
 
 	mu      sync.Mutex
 	peers   map[netip.Addr]*peer // that hold something
@@ -84,6 +85,25 @@ func (b *Budget) Evictions() uint64 {
 // Tight reports whether more than half of the budget is used: then optional memory, such as larger buffers, is to be
 // avoided.
 func (b *Budget) Tight() bool { return b != nil && int(b.used.Load()) > b.limit/2 }
+
+// detainedSize is about the memory of a connection that waits for its end, that of the kernel included.
+const detainedSize = 16 << 10
+
+// Detain counts a connection that stays open for some time after it was evicted, so that its peer does not replace it at once.
+// It returns false if there are so many that they need as much memory as the budget has. Otherwise Release must follow.
+func (b *Budget) Detain() bool {
+	if b == nil {
+		return false
+	}
+	if int(b.detained.Add(1)) > b.limit/detainedSize {
+		b.Release()
+		return false
+	}
+	return true
+}
+
+// Release ends what Detain has begun.
+func (b *Budget) Release() { b.detained.Add(-1) }
 
 // Account counts the memory of one connection. Its methods belong to the goroutine of the connection. The zero value has no
 // budget and no limit.

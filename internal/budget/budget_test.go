@@ -261,3 +261,19 @@ func TestAnAccountHoldsNothingAtLeast(t *testing.T) {
 		t.Errorf("%d bytes are held", b.Used())
 	}
 }
+
+// Connections that are detained after their eviction take memory as well.
+func TestFewConnectionsAreDetained(t *testing.T) {
+	b, detained := New(10*detainedSize), 0
+	for range 20 {
+		if b.Detain() {
+			detained++
+		}
+	}
+	if b.Release(); detained != 10 || !b.Detain() || b.Detain() {
+		t.Errorf("%d connections are detained, want 10, and the next one after a release", detained)
+	}
+	if (*Budget)(nil).Detain() {
+		t.Error("a connection is detained without a limit of memory")
+	}
+}

@@ -12,6 +12,7 @@ import (
 type attribute struct {
 	of     func(*machine, *flow.Record) value // an error: the record lacks it
 	header headerOf
+	nested bool // a field of a map that the record lacks as a whole: the question whether it is present is an error then
 }
 
 type headerOf uint8
@@ -103,7 +104,7 @@ var attributes = map[string]*attribute{
 func init() {
 	for side, key := range map[flow.Direction]string{flow.Inbound: "downstream_peer", flow.Outbound: "upstream_peer"} {
 		for name, of := range flow.WorkloadNames {
-			a := &attribute{of: func(m *machine, r *flow.Record) value {
+			a := &attribute{nested: true, of: func(m *machine, r *flow.Record) value {
 				w := r.Workload.Get()
 				if w == nil || r.Direction != side {
 					return value{}

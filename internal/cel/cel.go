@@ -36,7 +36,9 @@ type node struct {
 	value   value          // opLiteral
 	of      *attribute     // opAttribute, opHas
 	header  int32          // index of the field in the expression's headers; -1: not a field
+	at      int32          // opAttribute, opList: index in the text
 	list    []int32        // opList
+	member  bool           // opList: it is the second operand of opIn
 	matches *regexp.Regexp // opMatches
 }
 

@@ -60,7 +60,11 @@ func (m *machine) eval(i int32) value {
 	case opAttribute:
 		return m.attribute(n)
 	case opHas:
-		return truth(m.attribute(n).kind != kindError)
+		v := m.attribute(n)
+		if v.kind == kindError && n.of.nested {
+			return v
+		}
+		return truth(v.kind != kindError)
 	case opAnd, opOr:
 		return m.logic(n)
 	case opChoose:
@@ -250,11 +254,8 @@ func orderMixed(a int64, b float64) (order int, ok bool) {
 }
 
 func compared(does operation, a, b value) value {
-	order, ok := order(a, b)
+	order, ok := order(a, b) // not ok if one is NaN
 	if !ok {
-		if a.isNumber() && b.isNumber() { // one is NaN
-			return truth(false)
-		}
 		return value{}
 	}
 	switch does {
@@ -273,8 +274,8 @@ func (m *machine) convert(does operation, a value) value {
 	switch {
 	case does == opNot && a.kind == kindBool:
 		return truth(a.number == 0)
-	case does == opNegate && a.kind == kindInt && a.number != math.MinInt64:
-		return number(-a.number)
+	case does == opNegate && (a.kind == kindInt || a.kind == kindDuration) && a.number != math.MinInt64:
+		return value{kind: a.kind, number: -a.number}
 	case does == opNegate && a.kind == kindDouble:
 		return value{kind: kindDouble, real: -a.real}
 	case does == opSize && a.kind == kindText:
@@ -318,8 +319,8 @@ func (v value) appendTo(dst []byte) ([]byte, bool) {
 
 func toInt(a value) value {
 	switch a.kind {
-	case kindInt:
-		return a
+	case kindInt, kindDuration:
+		return number(a.number)
 	case kindDouble:
 		if a.real > math.MinInt64 && a.real < math.MaxInt64 {
 			return number(int64(a.real))

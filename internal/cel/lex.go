@@ -154,7 +154,7 @@ func (p *parser) quoted(raw bool) {
 	var text []byte
 	for {
 		switch rest := p.text[p.at:]; {
-		case rest == "", len(mark) == 1 && rest[0] == '\n':
+		case rest == "", len(mark) == 1 && (rest[0] == '\n' || rest[0] == '\r'):
 			p.fail(start, "the string has no end")
 			return
 		case strings.HasPrefix(rest, mark):
@@ -166,10 +166,6 @@ func (p *parser) quoted(raw bool) {
 				return
 			}
 		default:
-			if raw && rest[0] == '\\' && len(rest) > 1 { // it does not end the string
-				text = append(text, rest[0])
-				p.at++
-			}
 			text = append(text, p.text[p.at])
 			p.at++
 		}

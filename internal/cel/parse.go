@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // parser reads an expression. After the first error it goes on without effect, and the error stands.
@@ -24,16 +25,33 @@ func Parse(text string) (*Expression, error) {
 	if len(text) > maxText {
 		return nil, &Error{1, "the expression is longer than 4096 bytes"}
 	}
+	if !utf8.ValidString(text) {
+		return nil, &Error{1, "the expression is not UTF-8"}
+	}
 	p := parser{text: text}
 	p.next()
 	root := p.choice()
 	if p.err == nil && p.token.kind != "end" {
 		p.unexpected()
 	}
+	p.wholes()
 	if p.err != nil {
 		return nil, p.err
 	}
 	return &Expression{text: text, nodes: slices.Clip(p.nodes), root: root, headers: p.headers}, nil
+}
+
+// wholes rejects lists and headers as values.
+func (p *parser) wholes() {
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		switch {
+		case n.does == opList && !n.member:
+			p.fail(int(n.at), `lists are supported behind "in" only`)
+		case (n.does == opAttribute || n.does == opHas) && n.of.header != notHeader && n.header < 0:
+			p.fail(int(n.at), `headers are supported behind "in" and with the name of a field only`)
+		}
+	}
 }
 
 func (p *parser) fail(at int, problem string) {
@@ -138,6 +156,7 @@ func (p *parser) in(left, right int32) int32 {
 	key, set := &p.nodes[left], &p.nodes[right]
 	switch {
 	case set.does == opList:
+		set.member = true
 	case set.does == opAttribute && set.of.header != notHeader && set.header < 0 && key.does == opLiteral && key.value.kind == kindText:
 		set.does, set.header = opHas, p.header(string(key.value.text), set.of.header == responseHeader)
 		return right
@@ -147,21 +166,22 @@ func (p *parser) in(left, right int32) int32 {
 	return p.add(node{does: opIn, a: left, b: right})
 }
 
+// unary reads signs and what they are for. Two of them cancel each other out, whatever the type of the value is.
 func (p *parser) unary() int32 {
 	does, mark := opNot, "!"
 	if p.token.kind == "-" {
 		does, mark = opNegate, "-"
 	}
-	if !p.take(mark) {
-		return p.member()
+	odd := false
+	for p.take(mark) {
+		odd = !odd
 	}
-	if !p.deeper() {
-		return 0
+	of := p.member()
+	if p.err != nil || !odd {
+		return of
 	}
-	defer func() { p.depth-- }()
-	of := p.unary()
-	if p.err == nil && does == opNegate && p.nodes[of].does == opLiteral && p.nodes[of].value.kind == kindInt {
-		p.nodes[of].value.number = -p.nodes[of].value.number
+	if n := &p.nodes[of]; does == opNegate && n.does == opLiteral && n.value.kind == kindInt {
+		n.value.number = -n.value.number
 		return of
 	}
 	return p.add(node{does: does, a: of})
@@ -204,7 +224,7 @@ func (p *parser) primary() int32 {
 		return inner
 	case "[":
 		p.next()
-		n := node{does: opList}
+		n := node{does: opList, at: int32(at)}
 		for p.err == nil && p.token.kind != "]" {
 			n.list = append(n.list, p.choice())
 			if !p.take(",") {
@@ -251,7 +271,7 @@ func (p *parser) path(name string, at int) int32 {
 	if of.header != notHeader && p.token.kind == "[" {
 		p.fail(p.token.at, "fields of "+path+" are selected by constants only")
 	}
-	return p.add(node{does: opAttribute, of: of, header: -1})
+	return p.add(node{does: opAttribute, of: of, header: -1, at: int32(at)})
 }
 
 // selection reads .name or ["name"]. Without one it returns false, and the caller steps back.

@@ -48,6 +48,10 @@ type StoreConfig struct {
 	// call the store, except for Snapshot. It may be nil.
 	Bound func()
 
+	// Listeners is called when other listeners are in force, after the first configuration. It must not call the store. It may be
+	// nil.
+	Listeners func(*mesh.Snapshot)
+
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
 	MaxBytes int64
 }
@@ -573,6 +577,9 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 			s.snapshot.Store(snapshot)
 			if s.config.Bound != nil && snapshot.BoundChanged(before) {
 				s.config.Bound()
+			}
+			if s.config.Listeners != nil && edit.ListenersChanged() {
+				s.config.Listeners(snapshot)
 			}
 		}
 	case s.complete(now):

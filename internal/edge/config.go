@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -18,6 +19,7 @@ import (
 type Config struct {
 	Listen       []netip.AddrPort // of the traffic; without an address it is all addresses
 	Redirect     []netip.AddrPort // of plain requests that are redirected to the first port of Listen
+	Proxied      bool             // connections begin with a header of the PROXY protocol
 	Certificates []string         // files of PEM; without them the traffic of Listen is plain
 	Keys         []string         // likewise, of the certificates in their order
 	Routes       []Route
@@ -55,6 +57,12 @@ var Settings = []Setting{
 	}},
 	{"redirect-http", "[address:]port", "port at which plain HTTP is redirected to the first port of --listen by HTTPS", func(c *Config, value string) (err error) {
 		c.Redirect, err = appendPorts(c.Redirect, value)
+		return err
+	}},
+	{"proxy-protocol", "bool", "connections begin with a header of the PROXY protocol, version 1 or 2, from a load balancer: the client's address is that in it. Others are reset", func(c *Config, value string) (err error) {
+		if c.Proxied, err = strconv.ParseBool(value); err != nil {
+			err = fmt.Errorf("%s is not a boolean: use true or false", capture.Quoted(value))
+		}
 		return err
 	}},
 	{"route", "host[/prefix]=address[,address...]", "where requests for a host go, and by a prefix of the path: to HOST:PORT, by name or address; of several prefixes the longest counts. *.example.com is each name below, * every other host", func(c *Config, value string) error {

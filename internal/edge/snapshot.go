@@ -70,13 +70,13 @@ func (e *edit) add(c *Config) error {
 	}
 	e.addRoutes(c.Routes)
 	for _, address := range c.Listen {
-		e.addListener(address, routesName, secrets)
+		e.addListener(address, routesName, secrets, c.Proxied)
 	}
 	if len(c.Redirect) > 0 {
 		e.addRedirect(c.Listen[0].Port())
 	}
 	for _, address := range c.Redirect {
-		e.addListener(address, redirectName, nil)
+		e.addListener(address, redirectName, nil, c.Proxied)
 	}
 	return nil
 }
@@ -103,12 +103,12 @@ func (e *edit) addCertificates(c *Config) (names []string, err error) {
 }
 
 // addListener adds a listener, of HTTPS if there are certificates.
-func (e *edit) addListener(address netip.AddrPort, routes string, certificates []string) {
+func (e *edit) addListener(address netip.AddrPort, routes string, certificates []string, proxied bool) {
 	name := fmt.Sprintf("0.0.0.0_%d", address.Port())
 	if address.Addr().IsValid() {
 		name = fmt.Sprintf("%s_%d", address.Addr(), address.Port())
 	}
-	if !e.changed(aListener, name, routes+" "+strings.Join(certificates, "\n")) {
+	if !e.changed(aListener, name, fmt.Sprint(routes, proxied, certificates)) {
 		return
 	}
 	l := &mesh.Listener{
@@ -118,8 +118,11 @@ func (e *edit) addListener(address netip.AddrPort, routes string, certificates [
 	if !address.Addr().IsValid() {
 		l.Addresses = []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), address.Port()), netip.AddrPortFrom(netip.IPv6Unspecified(), address.Port())}
 	}
+	if proxied {
+		l.Filters = append(l.Filters, mesh.ListenerFilter{Kind: mesh.ProxyProtocol})
+	}
 	if len(certificates) > 0 {
-		l.Filters = []mesh.ListenerFilter{{Kind: mesh.TLSInspector}}
+		l.Filters = append(l.Filters, mesh.ListenerFilter{Kind: mesh.TLSInspector})
 		l.Chains[0].TLS = &mesh.DownstreamTLS{ALPN: []string{"h2", "http/1.1"}, Certificates: certificates}
 	}
 	e.SetListener(name, l)

@@ -51,6 +51,7 @@ const (
 	DetailsOverload           = "overload"
 	DetailsPathNotNormal      = "path_normalization_failed"
 	DetailsPathNormalized     = "path_normalization_redirect" // Envoy has no details of its own for it
+	DetailsRequestTimeout     = "request_overall_timeout"
 	DetailsResponseTimeout    = "response_timeout"
 	DetailsTryTimeout         = "upstream_per_try_timeout"
 	DetailsHTTP1CodecError    = "http1.codec_error"

@@ -56,6 +56,7 @@ type Exporter struct {
 	count   int    // of them
 	lost    int    // items that were dropped since the last batch
 	retired bool
+	open    bool          // the sender may have a connection
 	closing bool          // no goroutine is started any more
 	stopped bool          // items are dropped
 	running chan struct{} // closed when the goroutine ends; nil: it does not run
@@ -166,6 +167,7 @@ func (e *Exporter) rest() bool {
 		e.mu.Unlock()
 		return true
 	}
+	e.open = false
 	e.mu.Unlock()
 	e.closeSender(e.ctx)
 	e.mu.Lock()
@@ -190,7 +192,7 @@ func (e *Exporter) closeSender(ctx context.Context) {
 func (e *Exporter) Retire(retired bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.retired = retired; retired && e.running == nil && !e.closing {
+	if e.retired = retired; retired && e.open && e.running == nil && !e.closing {
 		e.running = make(chan struct{})
 		go func(ended chan struct{}) {
 			if !e.rest() {
@@ -202,11 +204,18 @@ func (e *Exporter) Retire(retired bool) {
 	}
 }
 
+// Idle reports whether everything is sent.
+func (e *Exporter) Idle() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.running == nil
+}
+
 // take returns the queue as a request, and the number of its items.
 func (e *Exporter) take() (request []byte, items int) {
 	e.mu.Lock()
 	queue, count, lost := e.queue, e.count, e.lost
-	e.queue, e.count, e.lost = nil, 0, 0
+	e.queue, e.count, e.lost, e.open = nil, 0, 0, true
 	e.mu.Unlock()
 	if lost > 0 && !e.losing {
 		e.Log.Warn("dropping "+e.What+": the receiver is too slow", "target", e.Target, "dropped", lost)

@@ -16,6 +16,7 @@ import (
 type sink struct {
 	got     chan int // spans of a batch
 	results chan result
+	closed  chan struct{} // may be nil
 }
 
 type result struct {
@@ -23,9 +24,13 @@ type result struct {
 	err      error
 }
 
-func (s *sink) Close(context.Context) {}
+func (s *sink) Close(context.Context) {
+	if s.closed != nil {
+		s.closed <- struct{}{}
+	}
+}
 
-func newSink() *sink { return &sink{make(chan int), make(chan result)} }
+func newSink() *sink { return &sink{got: make(chan int), results: make(chan result)} }
 
 func (s *sink) Send(ctx context.Context, request []byte) ([]byte, error) {
 	select {
@@ -182,5 +187,52 @@ func TestCloseSendsWhatIsLeft(t *testing.T) {
 	e.Add([]byte{})
 	if counts.Exported.Load() != 2 || counts.Dropped.Load() != 1 {
 		t.Errorf("%d exported, %d dropped", counts.Exported.Load(), counts.Dropped.Load())
+	}
+}
+
+// A retired exporter has no connection while it has nothing to send, but still sends.
+func TestARetiredExporterKeepsNoConnection(t *testing.T) {
+	s := newSink()
+	s.closed = make(chan struct{})
+	e, counts, _ := start(t, s, time.Millisecond)
+	e.Retire(true) // before anything was sent: there is nothing to close
+	if !e.Idle() {
+		t.Error("an exporter without items is not idle")
+	}
+	for range 2 {
+		e.Add([]byte{})
+		receive(t, s.got)
+		s.results <- result{}
+		receive(t, s.closed)
+	}
+	e.Retire(false)
+	e.Add([]byte{})
+	receive(t, s.got)
+	s.results <- result{}
+	nettest.Eventually(t, "the item is sent", e.Idle)
+	e.Retire(true)
+	receive(t, s.closed)
+	if n := counts.Exported.Load(); n != 3 {
+		t.Errorf("%d items exported, want 3", n)
+	}
+	go e.Close(context.Background())
+	receive(t, s.closed)
+}
+
+// What finds the queue full is logged once for each time that this lasts.
+func TestLossesAreLogged(t *testing.T) {
+	s := newSink()
+	e, _, l := start(t, s, time.Millisecond)
+	e.Add([]byte{})
+	receive(t, s.got)
+	for range maxQueue + 7 {
+		e.Add([]byte{})
+	}
+	s.results <- result{}
+	receive(t, s.got)
+	s.results <- result{}
+	nettest.Eventually(t, "all is sent", e.Idle)
+	if text := l.String(); strings.Count(text, "dropping spans") != 1 || !strings.Contains(text, "dropped=7") {
+		t.Errorf("log:\n%s", text)
 	}
 }

@@ -55,6 +55,7 @@ const (
 	Denied                Reason = "denied"                  // the policy for outbound traffic does not allow the destination
 	PolicyDenied          Reason = "policy_denied"           // an authorization policy denies it
 	MeshRefused           Reason = "mesh_refused"            // the control plane's configuration does not let it pass
+	BadProxyHeader        Reason = "bad_proxy_header"        // the connection does not begin with a valid header of the PROXY protocol, which its listener requires
 	TLSRequired           Reason = "tls_required"            // the client does not begin with TLS, which the configuration requires
 	TLSUnexpected         Reason = "tls_unexpected"          // the client speaks TLS where the configuration has HTTP without it
 	TLSFailed             Reason = "tls_failed"              // the TLS handshake failed for another reason than those below
@@ -141,7 +142,7 @@ var Explanations = []Explanation{
 	{HeadTooLarge, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP1HeadTooLarge,
 		"The head of the request is over `{MaxHeadBytes}` or `{MaxHeadFields}`; it was answered 431."},
 	{HeadTimeout, "", "", envoy.DetailsHeadTimeout,
-		"The head of the request was not complete within `{RequestHeadTimeout}`; it was answered 408, or the HTTP/2 connection ended."},
+		"The head of the request was not complete within `{RequestHeadTimeout}`, or the request within its gateway's `request_timeout`; it was answered 408, or the HTTP/2 connection ended."},
 	{RequestTimeout, "", envoy.FlagUpstreamRequestTimeout, envoy.DetailsResponseTimeout,
 		"There was no response within `{RequestTimeout}`, or a limit of the route has passed; downstream was answered 504, or a response that had begun was cut off."},
 	{Overload, "", envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2Violation,
@@ -170,6 +171,8 @@ var Explanations = []Explanation{
 		"The control plane's configuration closes the connection, or has policies or routes for it that are not supported yet; the log has the cause."},
 	{PolicyDenied, "", "", "",
 		"An authorization policy denies the connection or the request, which is answered 403, or a token is missing or not accepted (401); the details and the log say which."},
+	{BadProxyHeader, envoy.FlagDownstreamProtocolError, "", "",
+		"The connection did not begin with a valid header of the PROXY protocol, or not in time, and its listener requires one."},
 	{TLSRequired, envoy.FlagNoRouteFound, "", "",
 		"The client did not begin with TLS, and the port requires mutual TLS (PeerAuthentication STRICT)."},
 	{TLSUnexpected, envoy.FlagDownstreamProtocolError, "", "",
@@ -193,7 +196,7 @@ var Explanations = []Explanation{
 	{TLSNoIdentity, "", "", "",
 		"TLS is required, and this workload, or the server of a gateway, has no certificate or no roots of trust yet; the log names the secret."},
 	{IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
-		"Nothing moved for `{IdleTimeout}`; both sides were reset."},
+		"Nothing moved for `{IdleTimeout}`, or the limit of a route or gateway; both sides were reset, or a request was answered 408 or 504."},
 	{HalfCloseTimeout, envoy.FlagStreamIdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout,
 		"One side had closed and nothing moved for `{HalfCloseTimeout}`; both sides were reset."},
 	{MaxDuration, envoy.FlagDurationTimeout, "", "",

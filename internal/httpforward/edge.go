@@ -1,8 +1,11 @@
 package httpforward
 
 import (
+	"bytes"
+	"net/http"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -30,14 +33,29 @@ type Edge struct {
 
 	Underscores mesh.Underscores // of the names of fields
 
+	StripPort       Strip // removes the port from the host of requests other than CONNECT
+	StripDot        bool  // removes the dot at the end of the host's name
+	AlwaysReplyToID bool  // responses get the x-request-id of their request
+
 	// Limits that replace those of Settings; zero: they do not.
 	MaxHeadBytes, MaxHeadFields int
 	HeadTimeout                 time.Duration
 	IdleTimeout                 time.Duration // of a connection without requests
 	SilenceTimeout              time.Duration // of a request of which no byte moves
+	RequestTimeout              time.Duration // until the whole request has arrived; zero: no limit
 
 	limited atomic.Pointer[limitedSettings]
 }
+
+// Strip is which ports are removed from hosts.
+type Strip uint8
+
+// The choices.
+const (
+	KeepPort  Strip = iota
+	StripOwn        // the port at which the client has arrived
+	StripEach       // each
+)
 
 // Edges may be implemented by a Router whose connections come from outside of the mesh.
 type Edges interface {
@@ -207,20 +225,71 @@ func (x *exchange) enter(b []byte) ([]byte, *reply) {
 	defer editions.Put(e)
 	defer e.clear()
 	x.fields = headFields{h, b}
-	if !x.settings.edge.enter(e, &x.fields, &x.record) {
+	edge := x.settings.edge
+	if !edge.enter(e, &x.fields, &x.record) {
 		return b, &replyUnderscore
+	}
+	if edge.RequestTimeout > 0 {
+		x.arriveEnd, x.limited = x.record.Opened.Add(edge.RequestTimeout), true
 	}
 	for i, gone := range e.gone {
 		h.Fields[i].Dropped = gone
 	}
 	x.arrived = h.Length
 	x.entered = append(e.appendLines(h.AppendLines(x.entered[:0], b)), "\r\n"...)
+	strips := edge.strips() && string(h.Method.In(b)) != http.MethodConnect
 	h.Reset()
 	limits := http1.Limits{Head: len(x.entered) + 1, Fields: x.settings.MaxHeadFields + maxEdgeFields}
 	if _, err := h.ParseRequest(x.entered, limits); err != nil {
 		return b, x.malformed(err)
 	}
+	for i := 0; strips && i < 2; i++ { // that of the field, and of a target in absolute form
+		host := h.Value(x.entered, "host")
+		if i > 0 {
+			field := cap(host)
+			if host = h.Authority(x.entered); cap(host) == field {
+				break
+			}
+		}
+		at := cap(x.entered) - cap(host)
+		kept := edge.strip(host, x.record.OriginalDestination.Port())
+		if len(kept) == len(host) {
+			continue
+		}
+		n := copy(x.entered[at:], kept) // it is shorter
+		x.entered = append(x.entered[:at+n], x.entered[at+len(host):]...)
+		h.Reset()
+		if _, err := h.ParseRequest(x.entered, limits); err != nil {
+			return b, x.malformed(err)
+		}
+	}
 	return x.entered, nil
+}
+
+// repliesToID reports whether responses get the x-request-id of their request. e may be nil.
+func (e *Edge) repliesToID() bool { return e != nil && e.AlwaysReplyToID }
+
+func (e *Edge) strips() bool { return e.StripPort != KeepPort || e.StripDot }
+
+// strip returns a host without what is to be removed from it. The result may share its memory. port is that at which the
+// client has arrived (Envoy's stripTrailingHostDot and stripPortFromHost).
+func (e *Edge) strip(host []byte, port uint16) []byte {
+	colon := bytes.LastIndexByte(host, ':')
+	if colon < 0 || bytes.IndexByte(host[colon:], ']') >= 0 {
+		colon = len(host)
+	}
+	name, suffix := host[:colon], host[colon:]
+	if e.StripDot {
+		name = bytes.TrimSuffix(name, []byte{'.'})
+	}
+	if n, err := strconv.ParseUint(string(bytes.TrimPrefix(suffix, []byte{':'})), 10, 32); err == nil &&
+		(e.StripPort == StripEach || e.StripPort == StripOwn && n == uint64(port)) {
+		suffix = nil
+	}
+	if len(name)+len(suffix) == len(host) {
+		return host
+	}
+	return append(bytes.Clone(name), suffix...)
 }
 
 // head returns the bytes of the request's head.
@@ -241,7 +310,7 @@ func (x *exchange) headLength() int {
 
 // enter has the edge prepare a request over HTTP/2, and returns its fields. They are valid until the next call. It reports
 // false if the request is rejected.
-func (m *heads) enter(s *stream, fields []http2.Field) (prepared []http2.Field, accepted bool) {
+func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (prepared []http2.Field, accepted bool) {
 	if m.edited == nil {
 		m.edited = new(edited)
 	}
@@ -258,6 +327,17 @@ func (m *heads) enter(s *stream, fields []http2.Field) (prepared []http2.Field, 
 	}
 	for i := range e.added {
 		list = append(list, http2.Field{Name: e.added[i].name, Value: m.addedTexts.at(i, e.value(&e.added[i]))})
+	}
+	if edge := s.settings.edge; edge.strips() && !s.tunnel {
+		for i := range list {
+			f := &list[i]
+			if f.Name == ":authority" || f.Name == "host" {
+				f.Value = string(edge.strip([]byte(f.Value), s.record.OriginalDestination.Port()))
+			}
+			if f.Name == ":authority" {
+				request.Authority = f.Value
+			}
+		}
 	}
 	m.entered = list
 	return list, true

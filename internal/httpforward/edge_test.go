@@ -52,8 +52,15 @@ func newEdge(t *testing.T, edge *Edge, two, many bool) (*rig, *atEdge) {
 			fields = append(fields, "trailer "+strings.ToLower(name)+": "+strings.Join(values, "|"))
 		}
 		slices.Sort(fields)
+		w.Header().Set("Saw-Host", r.Host)
 		io.WriteString(w, strings.Join(fields, "\n"))
 	})
+	return newEdgeTo(t, server, edge, two, many)
+}
+
+// newEdgeTo is newEdge with another server.
+func newEdgeTo(t *testing.T, server netip.AddrPort, edge *Edge, two, many bool) (*rig, *atEdge) {
+	t.Helper()
 	router := &atEdge{upstream.Target{Address: server}, edge, make(chan netip.AddrPort, 100), make(chan []string, 100)}
 	r := newRig(t, server, two)
 	r.set(func() { r.router, r.many = router, many })

@@ -104,7 +104,11 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 	if editsResponse(x.decision.Plan) {
 		e = x.editResponse(b)
 	}
-	dst := h.AppendLines(x.response.reserve(h.Length+addedFields+s.Peers.described(x.introduced)), b)
+	echoes := x.settings.edge.repliesToID()
+	if echoes {
+		drop(h, http1.XRequestID)
+	}
+	dst := h.AppendLines(x.response.reserve(h.Length+addedFields+s.Peers.described(x.introduced)+len(x.http.ID)), b)
 	if e != nil {
 		dst = e.appendLines(dst)
 	} else if named {
@@ -124,8 +128,19 @@ func (x *exchange) appendResponseHead(b []byte, framing http1.Framing) {
 		dst = strconv.AppendInt(dst, x.http.ServiceTime.Milliseconds(), 10)
 		dst = append(dst, "\r\n"...)
 	}
+	if echoes {
+		dst = x.appendID(dst)
+	}
 	dst = s.Peers.appendLines(dst, x.introduced)
 	x.response.head = append(dst, "\r\n"...)
+}
+
+// appendID appends the ID of the request to a response.
+func (x *exchange) appendID(dst []byte) []byte {
+	if len(x.http.ID) == 0 {
+		return dst
+	}
+	return append(append(append(dst, requestIDField+": "...), x.http.ID...), "\r\n"...)
 }
 
 // keep and drop mark all fields of a kind.

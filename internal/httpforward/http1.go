@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
@@ -109,7 +110,6 @@ const ordinaryHead = 64 << 10
 func (x *exchange) readHead() (*reply, error) {
 	s := x.s
 	limits := x.settings.limits()
-	var deadline time.Time
 	for {
 		done, err := x.requestHead.ParseRequest(s.Read.Bytes(), limits)
 		if err != nil {
@@ -134,15 +134,13 @@ func (x *exchange) readHead() (*reply, error) {
 		case err != tcp.ErrAgain:
 			return nil, err
 		}
-		if deadline.IsZero() {
-			deadline = after(x.settings.HeadTimeout)
-		}
 		if !x.holdHead() {
 			return nil, tcp.ErrInterrupted
 		}
+		deadline, late := x.headDeadline()
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case errors.Is(err, tcp.ErrDeadline):
-			return &replyHeadTimeout, nil
+			return late, nil
 		case err != nil:
 			return nil, err
 		}
@@ -150,6 +148,24 @@ func (x *exchange) readHead() (*reply, error) {
 	}
 	answer := x.acceptRequest(limits)
 	return answer, x.gone
+}
+
+// headDeadline returns when a wait for more of the head ends, and the reply after that.
+//
+//go:noinline
+func (x *exchange) headDeadline() (at time.Time, late *reply) {
+	sooner := func(from time.Time, limit time.Duration, r *reply) {
+		if end := from.Add(limit); limit > 0 && (at.IsZero() || end.Before(at)) {
+			at, late = end, r
+		}
+	}
+	s := x.settings
+	sooner(x.record.Opened, s.HeadTimeout, &replyHeadTimeout)
+	if s.edge != nil {
+		sooner(x.record.Opened, s.edge.RequestTimeout, &replyUnfinished)
+		sooner(time.Now(), s.IdleTimeout, &replyIdleUnread)
+	}
+	return at, late
 }
 
 // malformed returns the reply to a request that cannot be parsed.
@@ -596,8 +612,11 @@ func (x *exchange) downstreamGone() error {
 // downstreamLeft ends an exchange whose downstream has left, and with it the upstream connection.
 func (x *exchange) downstreamLeft(err error) ending {
 	x.http.Flags, x.http.Details = envoy.FlagDownstreamConnectionTermination, envoy.DetailsDownstreamLeft
-	if err == io.EOF {
+	switch {
+	case err == io.EOF:
 		return x.close(flow.DownstreamLeft, io.ErrUnexpectedEOF, shut)
+	case errors.Is(err, budget.ErrEvicted):
+		return x.close(flow.MemoryBudget, err, cut)
 	}
 	return x.close(flow.DownstreamLeft, err, cut)
 }
@@ -721,7 +740,7 @@ func (x *exchange) timedOut(err error) (ending, bool) {
 		return x.refuse(replyRequestTimeout, err), true
 	}
 	_, reason := x.limit()
-	if x.limits.own && reason == flow.IdleTimeout {
+	if (x.limits.own || x.settings.edge != nil) && reason == flow.IdleTimeout {
 		return x.silent(), true
 	}
 	return x.close(reason, nil, cut), true

@@ -66,6 +66,7 @@ func (x *exchange) holdDial() bool {
 
 // evicted ends an exchange because the process has no memory for it.
 func (x *exchange) evicted() ending {
+	x.s.evicted = true
 	if x.answered {
 		return x.close(flow.MemoryBudget, budget.ErrEvicted, cut)
 	}

@@ -30,6 +30,7 @@ type carried struct {
 	limits
 	limited                     bool // by limits.any
 	totalEnd, tryEnd, streamEnd time.Time
+	arriveEnd                   time.Time // until when the whole request must have arrived
 	quietEnd                    time.Time // of silence, when the exchange waited last
 
 	made   *route.Reply // is sent in place of a response
@@ -43,7 +44,7 @@ func (x *exchange) takePlan(b []byte) {
 	p, h := x.decision.Plan, &x.requestHead
 	seen := x.seen()
 	x.limits = limitsOf(p, seen)
-	x.limited = x.limits.any()
+	x.limited = x.limited || x.limits.any()
 	if x.stream > 0 {
 		x.streamEnd = x.record.Opened.Add(x.stream)
 	}
@@ -152,7 +153,11 @@ func (x *exchange) sooner(at time.Time) time.Time {
 	if x.answered {
 		try = time.Time{}
 	}
-	for _, end := range [...]time.Time{x.totalEnd, try, x.streamEnd} {
+	arrive := x.arriveEnd
+	if x.answered || x.request.taken() {
+		arrive = time.Time{}
+	}
+	for _, end := range [...]time.Time{x.totalEnd, try, x.streamEnd, arrive} {
 		if !end.IsZero() && (at.IsZero() || end.Before(at)) {
 			at = end
 		}
@@ -167,6 +172,7 @@ var (
 	replyMaxUnread    = reply{408, replyMaxDuration.body, flow.RequestTimeout, replyMaxDuration.flags, envoy.DetailsMaxDuration}
 	replyRouteTimeout = replyRequestTimeout
 	replyIdle         = reply{504, "stream timeout", flow.IdleTimeout, envoy.FlagStreamIdleTimeout, envoy.DetailsIdleTimeout}
+	replyUnfinished   = reply{408, "request timeout", flow.HeadTimeout, "", envoy.DetailsRequestTimeout}
 	replyIdleUnread   = reply{408, replyIdle.body, replyIdle.reason, replyIdle.flags, replyIdle.details}
 )
 
@@ -187,6 +193,8 @@ func (x *exchange) enforce() (ending, bool) {
 	}
 	passed := func(end time.Time) bool { return !end.IsZero() && !now.Before(end) }
 	switch {
+	case passed(x.arriveEnd) && !x.answered && !x.request.taken():
+		return x.refuse(replyUnfinished, tcp.ErrDeadline), true
 	case passed(x.streamEnd) && !x.request.taken():
 		return x.overdue(replyMaxUnread), true
 	case passed(x.streamEnd):

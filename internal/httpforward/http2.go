@@ -45,6 +45,7 @@ type multiplex struct {
 	resets   bucket // for streams that downstream resets or that break the protocol
 
 	downEnded bool      // downstream has half-closed
+	detained  bool      // it was evicted
 	flooded   bool      // downstream has exceeded a bound on the number of frames: see floods
 	waiting   []waiting // requests waiting for a response head, oldest first; only with a RequestTimeout
 
@@ -261,7 +262,7 @@ func (m *multiplex) downstreamGone(err error) {
 		m.up.Close()
 		m.detachUpstream()
 	}
-	m.closeAll(flow.DownstreamLeft, err)
+	m.closeAll(goneReason(err), err)
 	m.over = isReset
 }
 
@@ -340,6 +341,8 @@ func (m *multiplex) closeInOrder() {
 	m.account.Hold(0)
 	switch {
 	case m.downEnded:
+	case m.detained:
+		m.engine.Detain(m.w, m.Down)
 	case m.flooded:
 		awaitEnd(m.w, m.Down, deadline)
 	default:

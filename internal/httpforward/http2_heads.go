@@ -56,9 +56,21 @@ func (m *heads) appendFields(block []byte, encoder *http2.Encoder, fields []http
 	return block
 }
 
+// changes reports whether a request is sent with other fields than those it has.
+func (m *heads) changes(s *stream, has seen) bool {
+	add := &s.settings.Fields
+	return m.Peers != nil || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
+		add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor
+}
+
+// edits reports whether the head of a request is edited.
+func (m *heads) edits(s *stream) bool {
+	return editsRequest(s.plan) || s.normalized || len(s.edits) > 0
+}
+
 // appendRequest appends the header block of a request as it is sent upstream, with the added fields.
 func (m *heads) appendRequest(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field, has seen) []byte {
-	peers, edits := m.Peers, editsRequest(s.plan) || s.normalized || len(s.edits) > 0
+	peers, edits := m.Peers, m.edits(s)
 	if edits {
 		block = m.appendEditedRequest(block, encoder, s, fields, has)
 	} else if t := s.http.Trace; t != nil {
@@ -115,7 +127,7 @@ func (m *heads) recordResponse(s *stream, status int, after time.Duration, field
 
 // appendResponse appends the header block of a final response as it is sent downstream.
 func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, fields []http2.Field) []byte {
-	timed, named := s.settings.Fields.ServiceTime, m.names(fields)
+	timed, named, echoes := s.settings.Fields.ServiceTime, m.names(fields), s.repliesToID()
 	var e *edited
 	if editsResponse(s.plan) {
 		e = m.editResponse(s, fields)
@@ -135,6 +147,10 @@ func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, 
 			if named {
 				continue
 			}
+		case requestIDField:
+			if echoes {
+				continue
+			}
 		case peerMetadataField, peerMetadataIDField:
 			if m.Peers != nil {
 				continue
@@ -152,9 +168,15 @@ func (m *heads) appendResponse(block []byte, encoder *http2.Encoder, s *stream, 
 		value := strconv.FormatInt(s.http.ServiceTime.Milliseconds(), 10)
 		block = encoder.AppendField(block, http2.Field{Name: serviceTimeField, Value: value})
 	}
+	if echoes {
+		block = encoder.AppendLiteral(block, requestIDField, s.http.ID)
+	}
 	block = m.Peers.appendFields(block, encoder, s.introduced)
 	return block
 }
+
+// repliesToID reports whether the response gets the ID of the request.
+func (s *stream) repliesToID() bool { return s.settings.edge.repliesToID() && len(s.http.ID) > 0 }
 
 // names reports whether a response with these fields gets the server's name.
 func (m *heads) names(fields []http2.Field) bool {

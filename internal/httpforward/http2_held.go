@@ -1,6 +1,8 @@
 package httpforward
 
 import (
+	"errors"
+
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http2"
@@ -22,6 +24,14 @@ const (
 	tableFactor = 4   // memory of a header table, relative to its size by RFC 7541 §4.1
 	keptEntries = 256 // of tables of streams: larger ones are freed with the last stream
 )
+
+// goneReason returns why requests end with their downstream.
+func goneReason(err error) flow.Reason {
+	if errors.Is(err, budget.ErrEvicted) {
+		return flow.MemoryBudget
+	}
+	return flow.DownstreamLeft
+}
 
 // keptLimit returns how much the streams of one connection may hold.
 func (e *Engine) keptLimit() int {
@@ -93,6 +103,7 @@ func (l *lane) held() int {
 // evicted ends the connection because the process has no memory for it.
 func (m *multiplex) evicted() {
 	m.w.Continue()
+	m.detained = true
 	m.terminate(http2.EnhanceYourCalm, "out of memory", flow.MemoryBudget, budget.ErrEvicted)
 	m.toUp.release()
 	m.toDown.block.free() // its output is still to be sent

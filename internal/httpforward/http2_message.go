@@ -39,7 +39,7 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	m.squeeze(s)
 	accepted := true
 	if err == nil && whole && s.settings.edge != nil {
-		fields, accepted = m.enter(s, fields)
+		fields, accepted = m.enter(s, &request, fields)
 	}
 	seen := s.recordRequest(&request, fields)
 	if m.Peers.readsRequests() {

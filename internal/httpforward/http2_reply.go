@@ -34,6 +34,9 @@ func (s *stream) appendReply(block []byte, encoder *http2.Encoder, r *reply, ser
 	add(":status", strconv.Itoa(to.Status))
 	add("server", server)
 	add("date", now.UTC().Format(http.TimeFormat))
+	if s.repliesToID() {
+		block = encoder.AppendLiteral(block, requestIDField, to.ID)
+	}
 	switch {
 	case to.GRPC:
 		code := r.grpcStatus()

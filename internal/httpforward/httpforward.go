@@ -30,6 +30,7 @@ type Config struct {
 	Settings                  // until the first Apply
 
 	resetPause time.Duration // zero: resetPause. A test changes it
+	detention  time.Duration // zero: detention. A test changes it
 	maxInterim int           // interim responses to a request; zero: maxInterim. Tests change it
 }
 
@@ -174,6 +175,9 @@ func New(config Config) (*Engine, error) {
 	e := &Engine{config: config}
 	if config.resetPause == 0 {
 		e.config.resetPause = resetPause
+	}
+	if config.detention == 0 {
+		e.config.detention = detention
 	}
 	if config.maxInterim == 0 {
 		e.config.maxInterim = maxInterim

@@ -43,6 +43,7 @@ type hub struct {
 	resets  bucket    // for streams that downstream resets or that break the protocol
 
 	downEnded bool // downstream has half-closed
+	detained  bool // it was evicted
 	flooded   bool // downstream has exceeded a bound on the number of frames: see floods
 	closed    bool // closeAll has begun: no call is opened, or moved to another connection
 	buffered  int  // bytes of bodies that wait or are kept
@@ -130,6 +131,9 @@ func (h *hub) pump() (moved, yields bool) {
 	h.resumeAnswered()
 	moved = h.down.pump()
 	for _, l := range h.ups {
+		if l.rests() {
+			continue
+		}
 		moved = l.pump() || moved
 		yields = yields || l.left <= 0
 		if h.kept+h.buffered > h.reported+maxUnreported && !h.hold() {
@@ -227,7 +231,7 @@ func (h *hub) judge() {
 // downstreamGone ends the connection at once, because no response can be delivered.
 func (h *hub) downstreamGone(err error) {
 	h.down.writeErr = err
-	h.closeAll(flow.DownstreamLeft, err)
+	h.closeAll(goneReason(err), err)
 	h.over = isReset
 }
 
@@ -290,6 +294,8 @@ func (h *hub) closeInOrder() {
 	h.account.Hold(0)
 	switch {
 	case h.downEnded:
+	case h.detained:
+		h.engine.Detain(h.w, h.Down)
 	case h.flooded:
 		awaitEnd(h.w, h.Down, deadline)
 	default:
@@ -318,6 +324,7 @@ func (h *hub) hold() bool {
 // evicted ends the connection because the process has no memory for it.
 func (h *hub) evicted() {
 	h.w.Continue()
+	h.detained = true
 	h.terminate(http2.EnhanceYourCalm, "out of memory", flow.MemoryBudget, budget.ErrEvicted)
 	for _, up := range h.ups {
 		up.close()

@@ -38,9 +38,12 @@ type call struct {
 
 	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: the call is not paused
 	headEnd  time.Time // the end of Settings.RequestTimeout
-	replied  bool      // the response is made here
-	closed   bool      // it has left the table
-	referred bool      // lists may still refer to it when it is closed
+	moved    time.Time // when a part of a message came or was passed on last
+
+	arriveEnd time.Time // until when the whole request must have arrived; zero: no limit
+	replied   bool      // the response is made here
+	closed    bool      // it has left the table
+	referred  bool      // lists may still refer to it when it is closed
 }
 
 // callPool keeps the memory of calls for others.
@@ -154,6 +157,7 @@ func (c *call) from(l *leg) *pipe {
 
 // offer passes data on, or keeps it until the receiver takes it.
 func (h *hub) offer(p *pipe, data []byte) {
+	p.c.moved = h.now()
 	h.store(p, data)
 	h.pass(p)
 }
@@ -209,6 +213,7 @@ func (h *hub) pass(p *pipe) {
 		}
 		last := body.ended && p.from+n == len(p.queue) && p.trailers == nil
 		to.sendData(id, p.queue[p.from:p.from+n], last)
+		p.c.moved = h.now()
 		if p.pace != nil {
 			p.pace.Spend(n)
 		}

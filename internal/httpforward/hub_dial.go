@@ -352,7 +352,9 @@ func (h *hub) reap() (moved bool) {
 	}
 	for i := 0; i < len(h.ups); {
 		l := h.ups[i]
-		l.openWaiting()
+		if len(l.waiting) > 0 {
+			l.openWaiting()
+		}
 		if l.readErr == nil && l.writeErr != nil {
 			l.readErr = l.writeErr
 		}

@@ -173,6 +173,9 @@ func (h *hub) deadline() (at time.Time, why limit) {
 func (h *hub) timedOut(why limit) {
 	switch why {
 	case idleLimit:
+		if h.settings.edge != nil && h.endSilent() {
+			return
+		}
 		h.terminate(http2.NoError, "idle", flow.IdleTimeout, nil)
 	case halfCloseLimit:
 		h.terminate(http2.NoError, "half-closed", flow.HalfCloseTimeout, nil)

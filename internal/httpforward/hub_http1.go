@@ -76,10 +76,13 @@ func (l *leg) stale(c *call) bool {
 func (l *leg) sendHTTP1(c *call, end bool) bool {
 	h, x := l.h, l.http1
 	x.call = c
-	h.appendRequest(nil, l.encoder, c.stream, c.sent.fields, c.sent.has)
-	fields := l.encoder.Collected()
-	defer l.encoder.Forget()
-	request, err := http2.ParseRequest(fields)
+	request, fields, err := c.sent.Request, c.sent.fields, error(nil)
+	if h.changes(c.stream, c.sent.has) {
+		h.appendRequest(nil, l.encoder, c.stream, fields, c.sent.has)
+		fields = l.encoder.Collected()
+		defer l.encoder.Forget()
+		request, err = http2.ParseRequest(fields)
+	}
 	if err == nil && !expressible(&request) {
 		err = errNoTarget
 	}

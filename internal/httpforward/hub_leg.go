@@ -115,6 +115,15 @@ func (l *leg) lose(err error) {
 	}
 }
 
+// rests reports whether pump has nothing to do. Most upstream connections rest in most turns.
+func (l *leg) rests() bool {
+	if x := l.http1; x != nil && (x.ended != nil || x.halfClose) {
+		return false
+	}
+	return l.conn != nil && !l.pending && !l.conn.Readable() && len(l.out) == 0 && l.left > 0 && len(l.blocked) == 0 &&
+		l.owed < connectionWindow/4 && l.readErr == nil && l.writeErr == nil
+}
+
 // pump moves what can be moved, until the turn is over. It reports whether bytes moved.
 func (l *leg) pump() (moved bool) {
 	if l.conn == nil {

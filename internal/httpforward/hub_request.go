@@ -71,13 +71,17 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	s.grpc = -1
 	c = callPool.Get().(*call)
-	c.stream, c.h, s.call = s, h, c
+	c.stream, c.h, s.call, c.moved = s, h, c, h.now()
+	h.start(c.quiet())
+	if edge := s.settings.edge; edge != nil && !end {
+		c.arriveEnd = h.start(edge.RequestTimeout)
+	}
 	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true, queue: c.req.queue}
 	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow, queue: c.resp.queue}
 	h.squeeze(s)
 	accepted = true
 	if valid && s.settings.edge != nil {
-		fields, accepted = h.enter(s, fields)
+		fields, accepted = h.enter(s, request, fields)
 	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
@@ -154,6 +158,7 @@ func (h *hub) takePlan(c *call) {
 	e := h.takeEdited(c.stream)
 	e.request.GRPC = c.http.GRPC
 	c.limits = limitsOf(c.plan, &e.request)
+	h.start(c.quiet())
 	if c.limits.stream > 0 {
 		c.streamEnd = c.record.Opened.Add(c.limits.stream)
 		h.watch(c.streamEnd)
@@ -207,6 +212,7 @@ func (l *leg) send(c *call) {
 	l.use.Requests++
 	end := c.request.ended && len(c.req.queue) == 0 && c.req.trailers == nil
 	s.sentAt = h.now()
+	c.moved = s.sentAt
 	if l.http1 != nil {
 		if !l.sendHTTP1(c, end) {
 			return
@@ -282,6 +288,7 @@ func (h *hub) forwardResponse(c *call, end bool, fields []http2.Field, response 
 		return http2.MessageError(c.upID, http2.LengthMismatch)
 	}
 	c.policy, c.headEnd = nil, c.tryEnd
+	c.moved = h.now()
 	h.squeeze(c.stream)
 	h.recordResponse(c.stream, response.Status, h.now().Sub(c.sentAt), fields)
 	if c.plan != nil {

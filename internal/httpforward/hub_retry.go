@@ -272,19 +272,20 @@ func (h *hub) checkCall(c *call, now time.Time) {
 	if c.closed || c.replied {
 		return
 	}
-	r := c.overdue(now)
-	if r == nil && !c.headEnd.IsZero() && !now.Before(c.headEnd) && !c.begun {
-		r = &replyRequestTimeout
-	}
-	switch {
+	switch r := c.late(now); {
+	case r != nil && r.reason == flow.IdleTimeout && c.response.ended: // downstream does not take it
+		h.cancel(c, http2.Cancel)
+		c.http.Flags, c.http.Details = r.flags, r.details
+		h.resetDownstream(c.id, http2.InternalError)
+		h.finish(c, r.reason, nil)
 	case r != nil && c.response.ended:
-		h.abandon(c, r, flow.RequestTimeout, nil)
+		h.abandon(c, r, r.reason, nil)
 	case r == &replyTryTimeout:
 		h.cancel(c, http2.Cancel)
 		h.failed(c, failedTimeout, r, errTryTimeout)
 	case r != nil:
 		h.cancel(c, http2.Cancel)
-		h.abandon(c, r, flow.RequestTimeout, nil)
+		h.abandon(c, r, r.reason, nil)
 	case !c.resumeAt.IsZero() && !now.Before(c.resumeAt):
 		h.resume(c)
 	}
@@ -292,11 +293,61 @@ func (h *hub) checkCall(c *call, now time.Time) {
 	if c.closed || c.replied {
 		return
 	}
-	for _, end := range [...]time.Time{c.totalEnd, c.tryEnd, c.streamEnd, c.headEnd, c.resumeAt} {
+	for _, end := range [...]time.Time{c.totalEnd, c.tryEnd, c.streamEnd, c.headEnd, c.arriveEnd, c.resumeAt, c.quietEnd()} {
 		if now.Before(end) {
 			h.watch(end)
 		}
 	}
+}
+
+// late returns the reply to a request of which a limit has passed, or nil.
+func (c *call) late(now time.Time) *reply {
+	passed := func(end time.Time) bool { return !end.IsZero() && !now.Before(end) }
+	if r := c.overdue(now); r != nil {
+		return r
+	}
+	switch {
+	case passed(c.headEnd) && !c.begun:
+		return &replyRequestTimeout
+	case passed(c.arriveEnd) && !c.begun && !c.request.ended:
+		return &replyUnfinished
+	case !passed(c.quietEnd()):
+		return nil
+	case c.request.ended:
+		return &replyIdle
+	}
+	return &replyIdleUnread
+}
+
+// quiet returns for how long no part of a call need move; zero: there is no limit.
+func (c *call) quiet() time.Duration {
+	switch {
+	case c.limits.own:
+		return max(c.limits.idle, 0)
+	case c.settings.edge != nil:
+		return max(c.settings.IdleTimeout, 0)
+	}
+	return 0
+}
+
+// quietEnd returns when a call has been silent for too long; zero: never.
+func (c *call) quietEnd() (end time.Time) {
+	if quiet := c.quiet(); quiet > 0 {
+		end = c.moved.Add(quiet)
+	}
+	return end
+}
+
+// endSilent ends the calls that have been silent for too long. It reports whether there was a call that is not answered yet:
+// then the connection goes on.
+func (h *hub) endSilent() (open bool) {
+	for _, s := range h.streams.open {
+		open = open || !s.call.replied
+	}
+	h.lastMove = time.Time{}
+	h.watch(h.now())
+	h.check()
+	return open
 }
 
 // goOn passes on what the rate of a call has held back.

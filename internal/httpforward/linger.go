@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"math/rand/v2"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/tcp"
@@ -42,5 +43,27 @@ func awaitEnd(w *tcp.Waiter, down *tcp.Conn, deadline time.Time) {
 		return
 	}
 	for !down.Ended() && w.Wait(deadline, down, nil) == nil {
+	}
+}
+
+// detention is how long a connection stays open after it was evicted, on average.
+const detention = time.Second
+
+// Detain keeps an evicted connection open for half a second to one and a half, unless downstream closes it before. Peers that
+// replace a connection once it ends would otherwise make the agent read and evict their bytes as fast as the network carries them;
+// with one time for all, they would come back together. Input is discarded, and the connection holds no other memory. The caller
+// has sent what there is to send, and closes the connection afterwards.
+func (e *Engine) Detain(w *tcp.Waiter, down *tcp.Conn) {
+	if !e.config.Budget.Detain() {
+		return
+	}
+	defer e.config.Budget.Release()
+	for deadline := time.Now().Add(e.config.detention/2 + rand.N(e.config.detention)); time.Now().Before(deadline); {
+		switch _, err := down.Discard(); {
+		case err == nil && !w.Stopped():
+			w.Yield(down) // there may be more
+		case err != tcp.ErrAgain || w.Wait(deadline, down, nil) != nil:
+			return
+		}
 	}
 }

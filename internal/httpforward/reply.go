@@ -231,6 +231,9 @@ func (x *exchange) appendReply(dst []byte, r reply, closes bool) []byte {
 		dst = time.Now().UTC().AppendFormat(dst, httpTime)
 		dst = append(dst, "\r\ncontent-type: text/plain\r\n"...)
 	}
+	if x.settings.edge.repliesToID() {
+		dst = x.appendID(dst)
+	}
 	if !r.bodiless() {
 		dst = append(dst, "content-length: "...)
 		dst = strconv.AppendInt(dst, int64(len(r.body)), 10)

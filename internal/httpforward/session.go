@@ -26,6 +26,7 @@ type session struct {
 	orphaned bool // the server has closed up, and downstream has stayed open
 	ended    bool // downstream has half-closed
 	retiring bool // idleEnd is that of a retired connection
+	evicted  bool // for want of memory
 
 	connected bool // there was an upstream connection, or an attempt
 	elsewhere bool // a router has sent the last request to another target than Connection.Target
@@ -250,9 +251,13 @@ func (s *session) end(how ending) {
 	if s.Read != nil {
 		s.releaseRead()
 	}
+	if s.evicted {
+		s.engine.Detain(s.w, s.Down)
+	}
 	switch {
 	case how == cut:
 		s.Down.Reset()
+	case s.evicted:
 	case how == linger, how == shut && unread:
 		readOut(s.w, s.Down, time.Now().Add(lingerTime))
 	}

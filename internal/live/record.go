@@ -40,6 +40,14 @@ type Record struct {
 	Error       string    `json:"error,omitempty"` // in full, of a record by Of
 }
 
+// Cause returns the reason of a record that counts as an error, or "" if only its status makes it one.
+func (r *Record) Cause() string {
+	if !r.Failed || r.Reason == string(flow.Completed) {
+		return ""
+	}
+	return r.Reason
+}
+
 // entry is a copy of a flow.Record in reused memory.
 type entry struct {
 	mu     sync.Mutex

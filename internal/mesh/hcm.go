@@ -295,6 +295,9 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 	if h.Routes == nil && h.RouteName == "" {
 		d.report(Security, "no routes")
 	}
+	if (h.StripPort || h.StripMatchingPort || h.StripTrailingDot) && !h.UseRemoteAddress {
+		d.report(Security, "hosts are changed without use_remote_address: not supported") // policies would see others
+	}
 	d.judgeFilters(h.Filters)
 	return h
 }

@@ -28,7 +28,7 @@ func decodeExtension(t *testing.T, url string, config ...[]byte) (*HTTPFilter, s
 
 // Each type of filter is supported, without influence, or a finding.
 func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
-	unknown := " is not supported"
+	const unknown, compressor, buffer = " is not supported", httpPrefix + "compressor.v3.Compressor", httpPrefix + "buffer.v3.Buffer"
 	for _, test := range []struct {
 		url     string
 		config  []byte
@@ -66,7 +66,8 @@ func TestEachTypeOfFilterIsSupportedOrAFinding(t *testing.T) {
 		{jwtType, nil, "", false},
 		{wasmType, nil, "traffic : the HTTP filter e of type " + wasmType + unknown, false},
 		{luaType, nil, "traffic : the HTTP filter e of type " + luaType + unknown, false},
-		{plainFilters[1], nil, "traffic : the HTTP filter e of type " + plainFilters[1] + unknown, false},
+		{compressor, nil, "traffic : the HTTP filter e of type " + compressor + unknown, false},
+		{buffer, nil, "traffic : the HTTP filter e of type " + buffer + unknown, false},
 		{"x.Y", nil, "security : the HTTP filter e of type x.Y" + unknown, true},
 	} {
 		f, findings := decodeExtension(t, test.url, test.config)

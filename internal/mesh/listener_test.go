@@ -131,7 +131,7 @@ func TestFindingsOfListeners(t *testing.T) {
 		{"endpoints by a filter's state", chain(tcpFilter(nest(nil, 11, 2))), "traffic " + manager + ".hash_policy.filter_state: not supported", ""},
 
 		{"another access log", log(nest(packed("x.Y", nil), 4)), "traffic access_log.typed_config: access logs of type x.Y are not supported", ""},
-		{"a filter of an access log", log(join(nest(nil, 2, 8), nest(packed(shortType(fileLogType), nil), 4))), "cosmetic access_log.filter.header_filter: not supported", ""},
+		{"a filter of an access log", log(join(nest(nil, 2, 12), nest(packed(shortType(fileLogType), nil), 4))), "cosmetic access_log.filter.metadata_filter: not supported", ""},
 		{"formatters", log(nest(packed(shortType(fileLogType), nest(nil, 5, 6)), 4)), "cosmetic access_log.typed_config.log_format.formatters: not supported", ""},
 
 		{"HTTP that is understood", chain(httpManager(httpFilter("rbac", rbacType))), "", ""},

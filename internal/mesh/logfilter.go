@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"strings"
+
 	"github.com/pillion-proxy/pillion/internal/cel"
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
@@ -15,8 +17,9 @@ type LogFilter struct {
 	Expression *cel.Expression `json:",omitzero"` // LogExpression
 	Compare    Comparison      `json:",omitzero"` // LogStatus, LogDuration
 	Value      uint32          `json:",omitzero"` // of Compare; of LogDuration in milliseconds
-	Statuses   []uint32        `json:",omitzero"` // LogGRPCStatus
-	Exclude    bool            `json:",omitzero"` // LogGRPCStatus: the status is not one of Statuses
+	Statuses   []uint32        `json:",omitzero"` // LogGRPCStatus; LogType: the types
+	Exclude    bool            `json:",omitzero"` // LogGRPCStatus, LogType: it is not one of Statuses
+	Header     *HeaderMatcher  `json:",omitzero"` // LogHeader
 	Sample     Fraction        `json:",omitzero"` // LogSample
 }
 
@@ -35,6 +38,14 @@ const (
 	LogGRPCStatus
 	LogTraced // the request's trace is sampled
 	LogSample // at random
+	LogHeader // a field of the request; of a repeated one, the first value
+	LogType   // what the record is about
+)
+
+// Types of records (envoy.data.accesslog.v3.AccessLogType). There are no others.
+const (
+	TypeConnectionEnd = 3
+	TypeRequestEnd    = 6
 )
 
 // Comparison is with a number.
@@ -58,12 +69,12 @@ var logFilterFields = message{"envoy.config.accesslog.v3.AccessLogFilter", Cosme
 	5:  {"runtime_filter", choice},
 	6:  {"and_filter", choice},
 	7:  {"or_filter", choice},
-	8:  {"header_filter", cosmetic},
+	8:  {"header_filter", choice},
 	9:  {"response_flag_filter", choice},
 	10: {"grpc_status_filter", choice},
 	11: {"extension_filter", choice},
 	12: {"metadata_filter", cosmetic},
-	13: {"log_type_filter", cosmetic},
+	13: {"log_type_filter", choice},
 }}
 
 var (
@@ -81,6 +92,8 @@ var (
 	orFilterFields     = message{"envoy.config.accesslog.v3.OrFilter", Cosmetic, []field{2: {"filters", decoded}}}
 	responseFlagFields = message{"envoy.config.accesslog.v3.ResponseFlagFilter", Cosmetic, []field{1: {"flags", decoded}}}
 	grpcStatusFields   = message{"envoy.config.accesslog.v3.GrpcStatusFilter", Cosmetic, []field{1: {"statuses", decoded}, 2: {"exclude", decoded}}}
+	headerFilterFields = message{"envoy.config.accesslog.v3.HeaderFilter", Cosmetic, []field{1: {"header", once}}}
+	logTypeFields      = message{"envoy.config.accesslog.v3.LogTypeFilter", Cosmetic, []field{1: {"types", decoded}, 2: {"exclude", decoded}}}
 	filterTypeFields   = message{"envoy.config.accesslog.v3.ExtensionFilter", Cosmetic, []field{
 		1: {"name", ignored}, // the type counts
 		3: {"typed_config", once},
@@ -115,7 +128,7 @@ func (d *decoder) logFilterWithin(m wire.Message, depth int) *LogFilter {
 			f.Kind = LogTraced
 			d.fields(inner, &traceableFields)
 		case 5:
-			f.Kind = LogSample
+			f.Kind, f.Sample = LogSample, never
 			for d.next(&inner, &runtimeFilterFields) {
 				f.Sample = d.fraction(inner.Message())
 			}
@@ -125,6 +138,8 @@ func (d *decoder) logFilterWithin(m wire.Message, depth int) *LogFilter {
 		case 7:
 			f.Kind = LogOr
 			d.logFilters(inner, &orFilterFields, f, depth)
+		case 8:
+			d.headerFilter(inner, f)
 		case 9:
 			f.Kind = LogFlags
 			for d.next(&inner, &responseFlagFields) {
@@ -132,9 +147,12 @@ func (d *decoder) logFilterWithin(m wire.Message, depth int) *LogFilter {
 			}
 		case 10:
 			f.Kind = LogGRPCStatus
-			d.grpcStatuses(inner, f)
+			d.oneOf(inner, &grpcStatusFields, f)
 		case 11:
 			d.filterExtension(inner, f)
+		case 13:
+			f.Kind = LogType
+			d.oneOf(inner, &logTypeFields, f)
 		}
 	}
 	return f
@@ -167,8 +185,24 @@ func (d *decoder) comparison(m wire.Message, table *message, f *LogFilter) {
 	}
 }
 
-func (d *decoder) grpcStatuses(m wire.Message, f *LogFilter) {
-	for d.next(&m, &grpcStatusFields) {
+// headerFilter reads a matcher. One that is not understood selects all records.
+func (d *decoder) headerFilter(m wire.Message, f *LogFilter) {
+	for d.next(&m, &headerFilterFields) {
+		before := d.refusals
+		h := d.headerMatcher(m.Message())
+		switch h.Name = strings.ToLower(h.Name); {
+		case d.refusals > before:
+		case strings.HasPrefix(h.Name, ":") && h.Name != ":method" && h.Name != ":path" && h.Name != ":authority":
+			d.report(Cosmetic, "the field "+h.Name+" is not recorded; all records are written")
+		default:
+			f.Kind, f.Header = LogHeader, &h
+		}
+	}
+}
+
+// oneOf reads a list of numbers, and whether they are excluded.
+func (d *decoder) oneOf(m wire.Message, table *message, f *LogFilter) {
+	for d.next(&m, table) {
 		switch m.Number {
 		case 1:
 			for status := range m.Varints() {

@@ -91,8 +91,8 @@ const (
 	ConditionPort                      // the original destination's port
 	ConditionServerName                // of the ClientHello
 	ConditionPrincipal                 // a name in the client's certificate; without Text, any certificate
-	ConditionPeer                      // the address of the TCP connection's peer, or of a PROXY header
-	ConditionClient                    // the client's address, from X-Forwarded-For if that is configured
+	ConditionPeer                      // the address of the TCP connection's peer, whatever a PROXY header has
+	ConditionClient                    // the client's address, from X-Forwarded-For or a PROXY header if that is configured
 )
 
 // maxConditions bounds the conditions of one resource. A condition takes more than 100 bytes, but may be encoded in two.

@@ -94,6 +94,8 @@ const (
 
 // harmlessFilters has the types of configurations of filters that decide nothing about security.
 var harmlessFilters = map[string]bool{
+	typePrefix + httpPrefix + "buffer.v3.BufferPerRoute":          true,
+	typePrefix + httpPrefix + "compressor.v3.CompressorPerRoute":  true,
 	typePrefix + httpPrefix + "ext_proc.v3.ExtProcPerRoute":       true,
 	typePrefix + httpPrefix + "local_ratelimit.v3.LocalRateLimit": true,
 	typePrefix + httpPrefix + "ratelimit.v3.RateLimitPerRoute":    true,

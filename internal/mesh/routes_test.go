@@ -171,6 +171,8 @@ func TestFindingsOfRoutesHaveClassAndPlaceAndRefuseWhatTheyConcern(t *testing.T)
 		{"a filter of another name", route(filter("x", httpFault, nil)), "route", "security " + r + ".typed_per_filter_config: the configuration of the filter x of type " + httpFault + " is not supported"},
 		{"sessions", route(filter("s", routeSessionType, nest(nil, 2))), "", "traffic " + f + ".stateful_session: not supported"},
 		{"no sessions", route(filter("s", routeSessionType, number(1, 1))), "", ""},
+		{"compression", route(filter("s", "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute", nil)), "", "traffic " + f + ": the configuration of the filter s is not supported"},
+		{"a buffer", route(filter("s", "envoy.extensions.filters.http.buffer.v3.BufferPerRoute", nil)), "", "traffic " + f + ": the configuration of the filter s is not supported"},
 		{"a limit of rates", route(filter("s", "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit", nil)), "", "traffic " + f + ": the configuration of the filter s is not supported"},
 		{"a limit of a fault's rate by header", route(filter(faultKey, httpFault, nest(nil, 7, 3))), "", "traffic " + r + ".typed_per_filter_config.response_rate_limit.header_limit: not supported"},
 		{"a limited number of limited rates", route(filter(faultKey, httpFault, join(nest(number(1, 8), 7, 1), nest(number(1, 1), 6)))), "", "traffic " + r + ".typed_per_filter_config: response_rate_limit with max_active_faults; rates are not limited"},

@@ -122,6 +122,24 @@ func (s *Snapshot) Assignments() iter.Seq2[string, *Assignment] { return s.assig
 // Listeners yields the listeners by their names, in order.
 func (s *Snapshot) Listeners() iter.Seq2[string, *Listener] { return s.listeners.all() }
 
+// AccessLogs yields the access logs of the listeners and of their filter chains. Many of the lists are the same.
+func (s *Snapshot) AccessLogs() iter.Seq[[]AccessLog] {
+	return func(yield func([]AccessLog) bool) {
+		for _, shard := range s.listeners {
+			for _, l := range shard {
+				if !yield(l.AccessLogs) || l.Default != nil && !yield(l.Default.AccessLogs()) {
+					return
+				}
+				for _, c := range l.Chains {
+					if !yield(c.AccessLogs()) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
 // RouteTables yields the routes that are resources of their own by their names, in order.
 func (s *Snapshot) RouteTables() iter.Seq2[string, *Routes] { return s.routes.all() }
 
@@ -145,6 +163,9 @@ func (s *Snapshot) Edit() *Edit {
 	next := *s
 	return &Edit{next: &next}
 }
+
+// ListenersChanged reports whether the edit has set or removed a listener.
+func (e *Edit) ListenersChanged() bool { return e.listeners != 0 }
 
 // The methods below set a value. A nil value removes it.
 

@@ -141,6 +141,8 @@ var tables = []*message{
 	&orFilterFields,
 	&responseFlagFields,
 	&grpcStatusFields,
+	&headerFilterFields,
+	&logTypeFields,
 	&filterTypeFields,
 	&expressionFields,
 	&statsFields,

@@ -3,6 +3,7 @@ package mesh
 import (
 	"net/netip"
 	"slices"
+	"time"
 )
 
 // Names that istiod gives to the listeners that accept redirected connections.
@@ -20,7 +21,7 @@ func (s *Snapshot) Inbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if l == nil {
 		return nil, ""
 	}
-	chain, refusal = l.judge(s, c)
+	chain, refusal = l.judge(s, c, false)
 	if refusal != "" {
 		return nil, refusal
 	}
@@ -66,7 +67,7 @@ func (s *Snapshot) Outbound(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if l == nil {
 		return nil, ""
 	}
-	chain, refusal = l.judge(s, c)
+	chain, refusal = l.judge(s, c, false)
 	if refusal == "" {
 		refusal = s.unsupported(chain)
 	}
@@ -86,7 +87,7 @@ func (s *Snapshot) Gateway(c *ConnInfo) (chain *FilterChain, refusal string) {
 	if l == nil {
 		return nil, "no listener accepts connections to its destination"
 	}
-	if chain, refusal = l.judge(s, c); refusal == "" {
+	if chain, refusal = l.judge(s, c, true); refusal == "" {
 		refusal = s.unsupported(chain)
 	}
 	if refusal != "" {
@@ -110,6 +111,21 @@ func (s *Snapshot) GatewayInspectsTLS(at netip.AddrPort) bool {
 	return l != nil && l.inspects(TLSInspector, at.Port())
 }
 
+// ProxyFilter returns the filter by which connections that a gateway has accepted at an address begin with a header of the
+// PROXY protocol, and how long that may take (zero: no limit); nil: they do not.
+func (s *Snapshot) ProxyFilter(at netip.AddrPort) (f *ListenerFilter, limit time.Duration) {
+	l := s.accepts(&ConnInfo{Destination: at})
+	if l == nil {
+		return nil, 0
+	}
+	for i := range l.Filters {
+		if l.Filters[i].Kind == ProxyProtocol && l.Filters[i].Applies(at.Port()) {
+			return &l.Filters[i], l.FiltersTimeout
+		}
+	}
+	return nil, 0
+}
+
 // Accepts reports whether a gateway's listener accepts connections at an address.
 func (s *Snapshot) Accepts(at netip.AddrPort) bool {
 	return s.accepts(&ConnInfo{Destination: at}) != nil
@@ -123,15 +139,15 @@ func (s *Snapshot) accepts(c *ConnInfo) *Listener {
 	return nil
 }
 
-// judge returns the filter chain of a connection, or why it is refused.
-func (l *Listener) judge(s *Snapshot, c *ConnInfo) (*FilterChain, string) {
+// judge returns the filter chain of a connection, or why it is refused. A gateway takes PROXY headers.
+func (l *Listener) judge(s *Snapshot, c *ConnInfo, gateway bool) (*FilterChain, string) {
 	info := l.inspected(c)
 	chain, ok := l.Match(&info)
 	switch {
 	case l.Refused:
 		return nil, "the listener " + l.Name + " is refused"
-	case l.inspects(ProxyProtocol, c.Destination.Port()):
-		return nil, "the listener " + l.Name + " takes the addresses of clients from the PROXY protocol, which is not supported"
+	case !gateway && l.inspects(ProxyProtocol, c.Destination.Port()):
+		return nil, "the listener " + l.Name + " takes the addresses of clients from the PROXY protocol, which is supported at gateways only"
 	case !ok && !info.TLS:
 		return nil, "no filter chain of " + l.Name + " accepts it without TLS"
 	case !ok:

@@ -79,6 +79,43 @@ func TestStalledHandshakesAreInTheBudget(t *testing.T) {
 	}
 }
 
+// The beginning of a record is within the memory budget, and so is the memory of crypto/tls for the records of TLS 1.2.
+func TestUnfinishedRecordsAreInTheBudget(t *testing.T) {
+	w := newWorld(t)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		memory := Memory{budget.New(handshakeMemory * 3), netip.MustParseAddr("127.0.0.1")}
+		far, near := w.pair(t)
+		config := w.peer()
+		config.MaxVersion = version
+		sent := make(chan error, 1)
+		go func() {
+			err := tls.Client(far, config).Handshake()
+			_, written := far.Write(append([]byte{23, 3, 3, 0x40, 0}, make([]byte, 16_000)...))
+			sent <- errors.Join(err, written)
+		}()
+		e := &end{Conn: near, w: tcp.NewWaiter(t.Context())}
+		t.Cleanup(e.w.Close)
+		if _, err := Server(e.w, near, nil, NewServer(w.mutual()), memory, time.Now().Add(nettest.Patience)); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error)
+		go func() {
+			_, err := e.read(make([]byte, 100))
+			ended <- err
+		}()
+		if err := <-sent; err != nil {
+			t.Fatal(err)
+		}
+		nettest.Eventually(t, "the record is accounted for", func() bool { return memory.Budget.Used() >= 16_000 })
+		if far.Close(); <-ended == nil {
+			t.Error("an unfinished record was read")
+		}
+		if near.Reset(); memory.Budget.Used() != 0 {
+			t.Errorf("%d bytes are accounted for after the end", memory.Budget.Used())
+		}
+	}
+}
+
 // An error of the system is not a violation of TLS by the peer.
 func TestErrorsOfTheSystemAreNotThePeers(t *testing.T) {
 	for number, want := range map[unix.Errno]Failure{

@@ -136,6 +136,7 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 	if err := l.proceed(session, server); err != nil {
 		return nil, failureOf(err)
 	}
+	c.SetBudget(memory.Budget)
 	return session, nil
 }
 
@@ -185,6 +186,12 @@ func (l *layer) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Held implements tcp.Holder. Crypto/tls keeps the memory of the largest record.
+func (l *layer) Held() int { return l.socket.size() + l.socket.largest }
+
+// Drop implements tcp.Holder.
+func (l *layer) Drop() { l.socket.drop() }
+
 func (l *layer) Write(p []byte) (int, error) { return l.conn.Write(p) }
 
 func (l *layer) CloseWrite() error { return l.conn.CloseWrite() }
@@ -209,6 +216,8 @@ type socket struct {
 	header [headerSize]byte // of the record that begins, while have < len(header)
 	have   int
 	left   int // bytes of the record that begins
+
+	largest int // size of a record so far
 }
 
 // Read is called when crypto/tls has no whole record.
@@ -257,6 +266,7 @@ func (s *socket) follow(p []byte) (n int) {
 		n = copy(p, s.bytes[:min(headerSize-s.have, len(s.bytes))])
 		if s.have += copy(s.header[s.have:], p[:n]); s.have == headerSize {
 			s.left, s.have = int(binary.BigEndian.Uint16(s.header[3:])), 0
+			s.largest = max(s.largest, s.left)
 		}
 	}
 	s.use(n)

@@ -90,6 +90,15 @@ func (r *records) Read(p []byte) (n int, err error) {
 	return 0, r.readErr
 }
 
+// Held implements tcp.Holder.
+func (r *records) Held() int { return r.size() + cap(r.message) }
+
+// Drop implements tcp.Holder.
+func (r *records) Drop() {
+	r.drop()
+	r.plain, r.message = nil, nil
+}
+
 // Buffered implements tcp.Layer.
 func (r *records) Buffered() bool {
 	size, whole := r.record()

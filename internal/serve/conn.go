@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
@@ -43,12 +44,15 @@ func (c *Conn) Close() {
 // Refuse ends a connection that goes no further. It sends a reset, because an orderly close would look like an empty
 // response. The exception is a drain before either side sent anything: closing is in order then.
 func (c *Conn) Refuse(reason flow.Reason, err error) {
-	if reason == flow.Drained {
-		c.Down.Close()
-	} else {
-		c.Down.Reset()
-	}
 	c.Record.Close(c.role.flows, reason, err)
+	switch reason {
+	case flow.Drained:
+		c.Down.Close()
+		return
+	case flow.MemoryBudget:
+		c.role.engine.Detain(c.w, c.Down)
+	}
+	c.Down.Reset()
 }
 
 // Loops reports whether the rules have certainly sent one of the role's own upstream connections back to the agent as this
@@ -67,7 +71,10 @@ func (c *Conn) List() { c.role.flows.List(c.Record) }
 // detected in any case, and a client that must begin with TLS may be silent for as long as a handshake may take. An
 // outbound connection to a listener for HTTP is detected in any case as well, and may be idle before its first request.
 func (c *Conn) ReadFirst(detect bool) bool {
-	s := sniffers.Get().(*sniff.Sniffer)
+	s := c.sniffer
+	if s == nil { // else it has what was read with a PROXY header
+		s = sniffers.Get().(*sniff.Sniffer)
+	}
 	s.Down, s.Peer = c.Down, c.Record.Remote()
 	c.sniffer = s
 	s.Delay, s.Hold, s.Idle = c.Settings.DetectionDelay, c.Settings.DetectionHold, c.Settings.IdleTimeout
@@ -345,11 +352,13 @@ func (c *Conn) relay() {
 	if reason == flow.UpstreamReset && up.Looped() {
 		reason, err = flow.Loop, upstream.ErrLoop
 	}
-	switch reason {
-	case flow.MeshRefused:
+	switch {
+	case reason == flow.MeshRefused:
 		err = errRetired
-	case flow.PolicyDenied:
+	case reason == flow.PolicyDenied:
 		err = errDeniedLater
+	case errors.Is(err, budget.ErrEvicted):
+		reason = flow.MemoryBudget
 	}
 	if reason == flow.UpstreamReset && errors.Is(err, tcp.ErrHandshake) {
 		reason, err = flow.UpstreamTLS, &upstream.HandshakeError{Reason: flow.UpstreamTLS, Err: err}

@@ -19,6 +19,13 @@ func edgeOf(h *mesh.HTTPManager) *httpforward.Edge {
 		ID: h.GenerateRequestID, KeepID: h.KeepRequestID, Underscores: h.Underscores,
 		MaxHeadBytes: int(min(h.MaxHeaderKiB, maxHeaderKiB)) << 10, MaxHeadFields: int(min(h.MaxHeaders, maxHeaders)),
 		HeadTimeout: h.HeadersTimeout, IdleTimeout: h.IdleTimeout, SilenceTimeout: h.StreamIdleTimeout,
+		RequestTimeout: h.RequestTimeout, StripDot: h.StripTrailingDot, AlwaysReplyToID: h.RequestIDInReply,
+	}
+	switch {
+	case h.StripPort:
+		made.StripPort = httpforward.StripEach
+	case h.StripMatchingPort:
+		made.StripPort = httpforward.StripOwn
 	}
 	if h.Compiled.CompareAndSwap(nil, made) {
 		return made

@@ -110,7 +110,7 @@ func (c *Conn) subject() authz.Subject {
 	}
 	return authz.Subject{
 		Destination: c.Record.OriginalDestination,
-		Peer:        c.Record.Downstream.Addr(),
+		Peer:        c.direct(),
 		Client:      c.Record.Downstream.Addr(),
 		ServerName:  strings.ToLower(hello.ServerName),
 		Secured:     c.governed.secured,

@@ -292,6 +292,11 @@ func (s *Sniffer) Abandon(err error) {
 
 // look reads from Down what is there, and classifies it. It holds a buffer only if bytes were read.
 func (s *Sniffer) look() (Protocol, error) {
+	if s.Read != nil { // bytes that a step before has read
+		if protocol, err := s.decide(); protocol != Undecided || err != nil {
+			return protocol, err
+		}
+	}
 	for s.Down.Readable() {
 		if s.Read == nil {
 			s.Read = tcp.TakeBuffer()
@@ -309,15 +314,20 @@ func (s *Sniffer) look() (Protocol, error) {
 		case err != nil:
 			return Undecided, err
 		}
-		protocol := s.judge()
-		switch {
-		case protocol == Opaque && s.HelloHold > 0 && exceedsHello(s.Read.Bytes()):
-			return Undecided, ErrHelloSize
-		case protocol != Undecided:
-			return protocol, nil
+		if protocol, err := s.decide(); protocol != Undecided || err != nil {
+			return protocol, err
 		}
 	}
 	return Undecided, nil
+}
+
+// decide is judge with the error of a ClientHello that is too large.
+func (s *Sniffer) decide() (Protocol, error) {
+	protocol := s.judge()
+	if protocol == Opaque && s.HelloHold > 0 && exceedsHello(s.Read.Bytes()) {
+		return Undecided, ErrHelloSize
+	}
+	return protocol, nil
 }
 
 // judge classifies what was read. It reads the clock only if the bytes do not decide.

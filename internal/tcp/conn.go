@@ -116,8 +116,10 @@ func (c *Conn) Failed() error {
 	if ready&failed == 0 && (ready&hungUp == 0 || c.shut) {
 		return nil
 	}
-	if c.layer != nil && c.layer.writeErr != nil {
-		return c.layer.writeErr // a flush consumed the socket's error
+	if c.layer != nil {
+		if c.layer.checkEvicted(); c.layer.writeErr != nil {
+			return c.layer.writeErr // a flush consumed the socket's error, or the connection is evicted
+		}
 	}
 	if code, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && code != 0 {
 		return os.NewSyscallError("read", syscall.Errno(code))
@@ -154,6 +156,21 @@ func (c *Conn) readSocket(p []byte) (int, error) {
 	}
 	return 0, readError(errno)
 }
+
+// Discard discards what the socket has received, at most maxDiscarded bytes, without copying it. With a Layer these are encoded
+// bytes: the connection cannot be read afterwards, and bytes that wait to be sent are lost. The results are those of Read.
+func (c *Conn) Discard() (int, error) {
+	if c.layer != nil {
+		c.layer.drop()
+	}
+	n, err := c.try(readable, "read", func() (int, error) { return discard(c.fd, maxDiscarded) })
+	if n == maxDiscarded || c.hadUrgent() {
+		c.ready.Or(readable)
+	}
+	return n, err
+}
+
+const maxDiscarded = 1 << 20
 
 // readError returns the error of a read of no bytes.
 func readError(errno syscall.Errno) error {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/sockopt"
 )
 
@@ -38,6 +39,15 @@ type Layer interface {
 type Limited interface {
 	// Room reports whether Write may take something, after a Read.
 	Room() bool
+}
+
+// Holder may be implemented by a Layer that holds bytes of the peer, or memory for them, while the connection waits.
+type Holder interface {
+	// Held returns the size of that memory.
+	Held() int
+
+	// Drop frees it. No Read follows.
+	Drop()
 }
 
 // Raw is the side of a Layer towards the network: a Socket, or another Layer.
@@ -82,6 +92,9 @@ type layered struct {
 	closing bool // the close message is written; FIN follows when it is sent
 
 	label any // see SetLabel
+
+	budget  *budget.Budget  // see SetBudget
+	account *budget.Account // of budget; nil: nothing to report so far
 }
 
 // SetLayer puts a layer under the connection. ahead has raw bytes that were read before, and is decoded first; it may be
@@ -140,6 +153,81 @@ func (c *Conn) Label() any {
 // Replace sets the connection's layer. The former one has passed on everything that it has read.
 func (s *Socket) Replace(layer Layer) { s.c.layer.Layer = layer }
 
+// SetBudget attributes to the peer what the connection's layer holds during waits. If the connection is evicted, reads and writes
+// fail with budget.ErrEvicted, and a wait ends as with a reset.
+func (c *Conn) SetBudget(b *budget.Budget) { c.layer.budget = b }
+
+// ordinaryHeld is what a connection with a layer may hold without a report.
+const ordinaryHeld = 4 << 10
+
+// report reports what the layer holds, before a wait. It returns true if the connection is evicted now.
+func (l *layered) report(c *Conn) bool {
+	n := 0
+	for _, b := range [...]*Buffer{l.ahead, l.unsent} {
+		if b != nil {
+			n += b.Cap()
+		}
+	}
+	if holder, ok := l.Layer.(Holder); ok {
+		n += holder.Held()
+	}
+	if n <= ordinaryHeld {
+		n = 0
+	}
+	if l.account == nil {
+		if n == 0 {
+			return false
+		}
+		l.account = new(budget.Account)
+		l.account.Open(l.budget, (*evictable)(c), c.remote)
+	}
+	l.account.Hold(n)
+	return l.checkEvicted()
+}
+
+// checkEvicted ends the reads and writes of a connection that has been evicted since the last check. The layer is not in a call.
+func (l *layered) checkEvicted() bool {
+	if l.account == nil || !l.account.Evicted() {
+		return false
+	}
+	l.drop()
+	l.writeErr = budget.ErrEvicted
+	return true
+}
+
+// drop ends the reading, and frees all memory. Unsent bytes are lost.
+func (l *layered) drop() {
+	if holder, ok := l.Layer.(Holder); ok {
+		holder.Drop()
+	}
+	l.peeked, l.more, l.stalled = false, true, false
+	l.readErr = budget.ErrEvicted
+	l.release()
+}
+
+// evictable is a Conn as an owner of memory.
+type evictable Conn
+
+// Interrupt implements budget.Owner: the connection becomes one that has failed.
+func (e *evictable) Interrupt() {
+	c := (*Conn)(e)
+	c.ready.Or(readable | writable | failed)
+	if w := c.waiter.Load(); w != nil {
+		w.Wake()
+	}
+}
+
+// Continue implements budget.Owner: an evicted connection ends.
+func (*evictable) Continue() {}
+
+// closeAccount ends the account, whose memory is freed, or reported by another one.
+func (l *layered) closeAccount() {
+	if l.account != nil {
+		l.account.Close()
+		l.account = nil
+	}
+}
+
 // Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
 
@@ -194,6 +282,7 @@ func (s *Socket) Write(p []byte) (int, error) {
 
 // read decodes. While the layer may have more data, the connection stays readable, as with bytes in the kernel.
 func (l *layered) read(p []byte) (int, error) {
+	l.checkEvicted()
 	if l.peeked {
 		p[0], l.peeked = l.peek, false
 		l.more = l.readErr != nil || l.Buffered()
@@ -220,6 +309,7 @@ func (l *layered) read(p []byte) (int, error) {
 
 // write encodes up to maxEncoded bytes of p. It returns ErrAgain while earlier records are unsent.
 func (l *layered) write(c *Conn, p []byte) (int, error) {
+	l.checkEvicted()
 	if err := l.flush(c); err != nil {
 		return 0, err
 	}
@@ -325,6 +415,7 @@ func (l *layered) release() {
 	l.ahead.Release()
 	l.unsent.Release()
 	l.ahead, l.unsent = nil, nil
+	l.closeAccount()
 }
 
 // closeLayered closes in order: the close message follows the written bytes. If the socket does not take all of them, a
@@ -338,6 +429,7 @@ func (c *Conn) closeLayered() {
 	if c.set != nil {
 		c.leave() // Returned must not read fd while it changes
 	}
+	c.layer.closeAccount() // rest has one of its own
 	rest := newConn(c.poller, c.fd, c.RemoteAddr(), 0)
 	rest.layer, rest.open = c.layer, c.open
 	if c.watched {
@@ -355,7 +447,7 @@ func (c *Conn) linger() {
 	defer w.Close()
 	defer c.poller.sending.Add(-1)
 	for deadline := time.Now().Add(lingerTime); c.layer.flush(c) == ErrAgain; {
-		if w.Wait(deadline, c, nil) != nil {
+		if w.Wait(deadline, c, nil) != nil || c.layer.writeErr == budget.ErrEvicted {
 			_ = sockopt.SetReset(c.fd) // cannot fail on an open TCP socket
 			break
 		}

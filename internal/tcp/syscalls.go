@@ -42,6 +42,12 @@ func peek(fd int) (int, error) {
 	return result(n, errno)
 }
 
+// discard consumes up to n bytes, which the kernel does not copy.
+func discard(fd, n int) (int, error) {
+	count, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), 0, uintptr(n), unix.MSG_TRUNC, 0, 0)
+	return result(count, errno)
+}
+
 // splice moves up to n bytes between a socket and a pipe and never waits. EAGAIN does not distinguish between the two: it
 // means the socket only if the pipe is empty before a move into it, or filled before a move out of it.
 func splice(from, to, n int) (int, error) {

@@ -220,6 +220,7 @@ func (w *Waiter) adopt(c *Conn) (missed bool, err error) {
 	}
 	if err == nil && c.layer != nil {
 		missed = c.layer.flushWaiting(c) || missed
+		missed = c.layer.budget != nil && c.layer.report(c) || missed
 	}
 	if err == nil && !c.watchesWrites && c.ready.Load()&writable == 0 {
 		err = c.poller.watchWrites(c)

@@ -28,7 +28,7 @@ func Brief(r *live.Record, paint Painter, columns int) string {
 	}
 	end := showBytes(float64(r.Received+r.Sent)) + " " + showMS(r.DurationMS)
 	if r.Failed {
-		end += " " + strings.TrimSpace(r.Reason+" "+cmp.Or(r.Failure, r.Error))
+		end = strings.Join(strings.Fields(end+" "+r.Cause()+" "+cmp.Or(r.Failure, r.Error)), " ")
 	}
 	end = printable(end)
 	status = pad(status, 3)

@@ -342,3 +342,19 @@ func TestColourIsForTerminalsUnlessNoColorIsSet(t *testing.T) {
 		}
 	}
 }
+
+func TestABriefLineHasTheReasonOfAFailure(t *testing.T) {
+	for _, c := range []struct {
+		record live.Record
+		want   string
+	}{
+		{live.Record{Request: true, Method: "GET", Authority: "web.example", Path: "/", Status: 500, Failed: true, Reason: "completed"}, "500 GET web.example/ 0B -"},
+		{live.Record{Request: true, Method: "GET", Authority: "web.example", Path: "/", Status: 503, Failed: true, Reason: "upstream_refused", Failure: "connection refused"},
+			"503 GET web.example/ 0B - upstream_refused connection refused"},
+		{live.Record{Protocol: "TLS", SNI: "web.example", Destination: "203.0.113.1:443"}, "-   TLS web.example 203.0.113.1:443 0B -"},
+	} {
+		if got := terminal.Brief(&c.record, terminal.Painter(false), 0); got != c.want {
+			t.Errorf("the line is %q, want %q", got, c.want)
+		}
+	}
+}

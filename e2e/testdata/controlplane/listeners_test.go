@@ -21,6 +21,7 @@ import (
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	logdata "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	filelog "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/file/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	celfilter "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
@@ -613,6 +614,12 @@ func wideLogFilter() *accesslog.AccessLogFilter {
 		{FilterSpecifier: &accesslog.AccessLogFilter_GrpcStatusFilter{GrpcStatusFilter: &accesslog.GrpcStatusFilter{
 			Statuses: []accesslog.GrpcStatusFilter_Status{accesslog.GrpcStatusFilter_NOT_FOUND, accesslog.GrpcStatusFilter_INTERNAL}, Exclude: true,
 		}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslog.LogTypeFilter{
+			Types: []logdata.AccessLogType{logdata.AccessLogType_DownstreamEnd, logdata.AccessLogType_TcpConnectionEnd}, Exclude: true,
+		}}},
+		{FilterSpecifier: &accesslog.AccessLogFilter_HeaderFilter{HeaderFilter: &accesslog.HeaderFilter{
+			Header: &route.HeaderMatcher{Name: "X-A", HeaderMatchSpecifier: &route.HeaderMatcher_PresentMatch{PresentMatch: true}, InvertMatch: true},
+		}}},
 		{FilterSpecifier: &accesslog.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslog.ExtensionFilter{
 			Name: "cel", ConfigType: &accesslog.ExtensionFilter_TypedConfig{TypedConfig: packed(&celfilter.ExpressionFilter{Expression: "response.code >= 400"})},
 		}}},
@@ -647,6 +654,16 @@ func readLogFilter(f *accesslog.AccessLogFilter) *mesh.LogFilter {
 		}
 	}
 	switch f := f.FilterSpecifier.(type) {
+	case *accesslog.AccessLogFilter_LogTypeFilter:
+		want.Kind, want.Exclude = mesh.LogType, f.LogTypeFilter.Exclude
+		for _, kind := range f.LogTypeFilter.Types {
+			want.Statuses = append(want.Statuses, uint32(kind))
+		}
+	case *accesslog.AccessLogFilter_HeaderFilter:
+		if h := f.HeaderFilter.Header; h != nil {
+			want.Kind, want.Header = mesh.LogHeader, &readHeaders([]*route.HeaderMatcher{h})[0]
+			want.Header.Name = strings.ToLower(want.Header.Name)
+		}
 	case *accesslog.AccessLogFilter_ResponseFlagFilter:
 		want.Kind, want.Flags = mesh.LogFlags, f.ResponseFlagFilter.Flags
 	case *accesslog.AccessLogFilter_AndFilter:

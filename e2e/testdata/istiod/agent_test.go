@@ -66,6 +66,7 @@ type pod struct {
 	kept    string   // directory for what an agent keeps
 	command []string // of the agent
 	log     *output
+	records *receiver // of the workload
 }
 
 func newPod(t *testing.T) *pod {

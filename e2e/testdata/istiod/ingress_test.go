@@ -107,6 +107,12 @@ func newGatewayPod(t *testing.T) *pod {
 
 func newIngress(t *testing.T, configs string, objects ...string) *ingress {
 	t.Helper()
+	return newIngressOf(t, "{}", configs, objects...)
+}
+
+// newIngressOf is newIngress with gatewayTopology of the gateway's ProxyConfig.
+func newIngressOf(t *testing.T, topology, configs string, objects ...string) *ingress {
+	t.Helper()
 	g := newGatewayPod(t)
 	b := newPodOf(t, nginx())
 	nettest.Join(t, g.Namespace, b.Namespace)
@@ -117,7 +123,7 @@ func newIngress(t *testing.T, configs string, objects ...string) *ingress {
 	serveMutual(t, b)
 	x := &ingress{gateway: g, back: b, plane: startPlaneOf(t, []*pod{g, b}, configs, append(objects, ingressService)...)}
 	for _, d := range []*pod{b, g} {
-		x.agent = d.launch(t, x.plane, "PILLION_ACCESS_LOG=/dev/stdout",
+		x.agent = d.launch(t, x.plane, "PILLION_ACCESS_LOG=/dev/stdout", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012","gatewayTopology":`+topology+`}`,
 			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","istio":"ingressgateway","service.istio.io/canonical-name":"`+d.app+`"}}`)
 	}
 	for _, d := range []*pod{b, g} {
@@ -381,6 +387,41 @@ func TestAPortThatIsTakenIsReported(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// With gatewayTopology.proxyProtocol istiod has the listeners of a gateway take the client's address from the header.
+func TestAGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
+	x := newIngressOf(t, `{"proxyProtocol":{}}`, ingressConfig)
+	await(t, func() error {
+		conn, err := x.dial(8080)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(patience))
+		io.WriteString(conn, "PROXY TCP4 192.0.2.9 203.0.113.250 4660 80\r\nGET /named HTTP/1.1\r\nHost: www.ssoon.dev\r\nConnection: close\r\n\r\n")
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil && response.StatusCode != 200 {
+			err = errors.New(response.Status)
+		}
+		return err
+	})
+	await(t, func() error {
+		for line := range strings.Lines(x.gateway.log.String()) {
+			if strings.Contains(line, "GET /named") && strings.Contains(line, " 192.0.2.9:4660 ") {
+				return nil
+			}
+		}
+		return fmt.Errorf("the log has\n%s", x.gateway.log.String())
+	})
+	dump, err := x.gateway.get(adminPort, "config_dump")
+	if err != nil || !strings.Contains(dump, "listener.proxy_protocol.v3.ProxyProtocol") {
+		t.Fatalf("no listener has the filter, error %v", err)
+	}
+	optional := strings.Contains(dump, `"allow_requests_without_proxy_protocol": true`)
+	if out, err := x.curl("-H", "Host: www.ssoon.dev", "http://203.0.113.250:8080/"); (err == nil) != optional {
+		t.Errorf("without a header, which is optional %v: %q, %v", optional, out, err)
+	}
 }
 
 // On SIGTERM the requests of a gateway's connections end in order.

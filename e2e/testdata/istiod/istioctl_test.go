@@ -267,6 +267,91 @@ func TestIstioctlShowsTheUseOfEndpoints(t *testing.T) {
 	}
 }
 
+// places is a service whose endpoints are in other places. Those with the labels of the caller come first.
+const places = `
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: places, namespace: default}
+spec:
+  hosts: [places.test]
+  ports: [{number: 9080, name: http, protocol: HTTP}]
+  resolution: STATIC
+  location: MESH_EXTERNAL
+  endpoints:
+  - {address: 203.0.113.6, ports: {http: 8080}, labels: {app: nginx}, locality: near/a/b}
+  - {address: 203.0.113.7, ports: {http: 8080}, labels: {app: other}, locality: far/c, weight: 3}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: places, namespace: default}
+spec:
+  host: places.test
+  trafficPolicy:
+    outlierDetection: {consecutive5xxErrors: 2, interval: 1s, baseEjectionTime: 300s, maxEjectionPercent: 100}
+    loadBalancer: {localityLbSetting: {enabled: true, failoverPriority: [app]}}
+    connectionPool: {tcp: {maxConnections: 11}, http: {http1MaxPendingRequests: 12, http2MaxRequests: 13, maxRetries: 14}}
+`
+
+// istioctl shows priorities, localities, weights and limits as it shows them of Envoy, and who takes over when the endpoints of the
+// first priority are ejected.
+func TestIstioctlShowsPrioritiesAndLimits(t *testing.T) {
+	d, _, p := newReader(t, places)
+	const cluster = "outbound|9080||places.test"
+	host := func(address string) *admin.HostStatus {
+		out, err := d.istioctl(p, proxyconfig.ProxyConfig, "endpoint", sidecarPod, "--cluster", cluster, "-o", "json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var answer admin.Clusters
+		if err := protojson.Unmarshal([]byte(`{"cluster_statuses": `+out+"}"), &answer); err != nil || len(answer.ClusterStatuses) != 1 {
+			t.Fatalf("error %v:\n%s", err, out)
+		}
+		of := answer.ClusterStatuses[0]
+		want := "priority:DEFAULT max_connections:11 max_pending_requests:12 max_requests:13 max_retries:14"
+		if l := of.CircuitBreakers.GetThresholds(); len(l) != 1 ||
+			fmt.Sprintf("priority:%v max_connections:%d max_pending_requests:%d max_requests:%d max_retries:%d", l[0].Priority, l[0].MaxConnections.GetValue(),
+				l[0].MaxPendingRequests.GetValue(), l[0].MaxRequests.GetValue(), l[0].MaxRetries.GetValue()) != want {
+			t.Fatalf("the limits are %v, want %s", l, want)
+		}
+		i := slices.IndexFunc(of.HostStatuses, func(h *admin.HostStatus) bool { return h.Address.GetSocketAddress().Address == address })
+		if i < 0 || len(of.HostStatuses) != 2 {
+			t.Fatalf("no endpoint %s in\n%s", address, out)
+		}
+		return of.HostStatuses[i]
+	}
+	near, far := host("203.0.113.6"), host("203.0.113.7")
+	if near.Priority != 0 || near.Weight != 1 || near.Locality.Region != "near" || near.Locality.Zone != "a" || near.Locality.SubZone != "b" {
+		t.Errorf("the endpoint of the caller's labels is %v", near)
+	}
+	if far.Priority != 1 || far.Weight != 3 || far.Locality.Region != "far" || far.Locality.Zone != "c" {
+		t.Errorf("the other endpoint is %v", far)
+	}
+	conn, err := d.Dial("tcp", "203.0.113.6:9080", patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	in := bufio.NewReader(conn)
+	for i, want := range []string{"503", "503", "200", "200"} {
+		path := map[bool]string{true: "/fails", false: "/"}[want == "503"]
+		q := question{"GET", "http://places.test:9080" + path, nil}
+		if status, _, err := q.send(conn, in, fmt.Sprint("place-", i)); err != nil || status != want {
+			t.Fatalf("request %d: %s, %v; want %s", i, status, err, want)
+		}
+	}
+	if near, far := host("203.0.113.6"), host("203.0.113.7"); !near.HealthStatus.FailedOutlierCheck || far.HealthStatus.FailedOutlierCheck {
+		t.Errorf("after failures: %v, %v", near, far)
+	}
+	await(t, func() error {
+		for i, address := range []string{"203.0.113.6", "203.0.113.6", "203.0.113.7", "203.0.113.7"} {
+			if want := fmt.Sprintf("place-%d %s %s - %s:8080", i, []string{"503", "200"}[i/2], cluster, address); !strings.Contains(strings.ReplaceAll(d.log.String(), " default ", " - "), want) {
+				return fmt.Errorf("the access log has no line with %q", want)
+			}
+		}
+		return nil
+	})
+}
+
 // changeLogLevels has istioctl change the log levels and restore them.
 func (d *pod) changeLogLevels(t *testing.T, p *plane) {
 	for _, test := range []struct {

@@ -133,6 +133,7 @@ func serveMutual(t *testing.T, d *pod) {
 	})}
 	calls := grpc.NewServer()
 	healthpb.RegisterHealthServer(calls, health.NewServer())
+	d.records = newReceiver(calls)
 	serve := map[string]func(net.Listener){
 		"8080": func(l net.Listener) { web.Serve(l) }, "8081": func(l net.Listener) { calls.Serve(l) },
 		"8082": func(l net.Listener) { acceptAll(l, func(c net.Conn) { io.Copy(c, c) }) },

@@ -99,6 +99,14 @@ extensionProviders:
   envoyHttpAls: {service: reviews.default.svc.cluster.local, port: 9090}
 - name: otel-log
   envoyOtelAls: {service: reviews.default.svc.cluster.local, port: 9090}
+- name: records
+  envoyOtelAls: {service: web.default.svc.cluster.local, port: 8081, logFormat: {text: "%REQ(:PATH)% %RESPONSE_CODE%", labels: {tenant: "%REQ(X-TENANT)%"}}}
+- name: entries
+  envoyHttpAls: {service: web.default.svc.cluster.local, port: 8081, additionalRequestHeadersToLog: [x-tenant]}
+- name: connections
+  envoyTcpAls: {service: web.default.svc.cluster.local, port: 8081}
+- name: spans
+  opentelemetry: {service: web.default.svc.cluster.local, port: 8081}
 - name: lines
   envoyFileAccessLog: {path: /dev/stdout, logFormat: {text: "LINE %TRAFFIC_DIRECTION% %REQ(:PATH)% %RESPONSE_CODE% %REQ(X-TENANT)%\n"}}
 - name: json

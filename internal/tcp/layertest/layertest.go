@@ -137,6 +137,12 @@ func (l *Layer) CloseWrite() error {
 	return err
 }
 
+// Held implements tcp.Holder.
+func (l *Layer) Held() int { return cap(l.raw) + cap(l.pending) }
+
+// Drop implements tcp.Holder.
+func (l *Layer) Drop() { l.raw, l.pending = nil, nil }
+
 func (l *Layer) Buffered() bool { return len(l.pending) > 0 || l.closed || l.whole() }
 
 // Peer is the far end of a connection with the toy layer.

@@ -147,8 +147,8 @@ func configuration(strict bool) map[resource.Type][]types.Resource {
 	}
 }
 
-// inbound is the listener of all inbound ports. Plain connections are accepted unless strict. Those of mutual TLS are passed on by
-// secured; nil: as bytes.
+// inbound is the listener of all inbound ports. Plain connections are accepted unless strict. Those of mutual TLS are passed on as
+// bytes, and those of them that carry HTTP by secured, unless it is nil.
 func inbound(strict bool, secured *listener.Filter) *listener.Listener {
 	forward := &listener.Filter{Name: "envoy.filters.network.tcp_proxy", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&tcpproxy.TcpProxy{
 		StatPrefix: "InboundPassthroughCluster", ClusterSpecifier: &tcpproxy.TcpProxy_Cluster{Cluster: "InboundPassthroughCluster"},
@@ -162,13 +162,16 @@ func inbound(strict bool, secured *listener.Filter) *listener.Listener {
 			ValidationContextType:          &tls.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret("ROOTCA")},
 		},
 	}
-	if secured == nil {
-		secured = forward
+	mutual := func(name string, filter *listener.Filter, protocols ...string) *listener.FilterChain {
+		return &listener.FilterChain{
+			Name: name, Filters: []*listener.Filter{filter}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "tls", ApplicationProtocols: protocols},
+			TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
+		}
 	}
-	chains := []*listener.FilterChain{{
-		Name: "mutual", Filters: []*listener.Filter{secured}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "tls"},
-		TransportSocket: &core.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: packed(context)}},
-	}}
+	chains := []*listener.FilterChain{mutual("mutual", forward)}
+	if secured != nil {
+		chains = append(chains, mutual("mutual HTTP", secured, "istio-http/1.0", "istio-http/1.1", "istio-h2"))
+	}
 	if !strict {
 		chains = append(chains, &listener.FilterChain{
 			Name: "plain", Filters: []*listener.Filter{forward}, FilterChainMatch: &listener.FilterChainMatch{TransportProtocol: "raw_buffer"},

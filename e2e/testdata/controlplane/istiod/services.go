@@ -20,6 +20,7 @@ import (
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	inspector "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tcpproxy "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	previoushosts "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	upstreams "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
@@ -39,7 +40,14 @@ type services struct {
 	Host     string
 	Clusters []subset
 	Routes   []rule
-	Gateway  string // file of a certificate and its key: Port is bound, and ends TLS with it; empty: Port is that of outbound requests
+	TCP      connections // further connections, which are not HTTP
+	Gateway  string      // file of a certificate and its key: Port is bound, and ends TLS with it; empty: Port is that of outbound requests
+}
+
+// connections are those to a port, divided among clusters by weight.
+type connections struct {
+	Port    uint32 // 0: there is none
+	Weights map[string]uint32
 }
 
 // subset is a cluster.
@@ -133,7 +141,8 @@ func inboundManager(filters ...*hcm.HttpFilter) *listener.Filter {
 	return &listener.Filter{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(
 		&hcm.HttpConnectionManager{
 			StatPrefix: "inbound", RouteSpecifier: &hcm.HttpConnectionManager_RouteConfig{RouteConfig: routes},
-			HttpFilters: append(filters, &hcm.HttpFilter{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}),
+			UpgradeConfigs: []*hcm.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
+			HttpFilters:    append(filters, &hcm.HttpFilter{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}}),
 		},
 	)}}
 }
@@ -168,21 +177,19 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 	resources[resource.RouteType] = append(resources[resource.RouteType], s.routes())
 	manager := &hcm.HttpConnectionManager{
 		StatPrefix: "outbound", RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: ads, RouteConfigName: fmt.Sprint(s.Port)}},
+		UpgradeConfigs: []*hcm.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
 		HttpFilters: []*hcm.HttpFilter{
 			{Name: faultFilter, ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&fault.HTTPFault{})}},
 			{Name: "envoy.filters.http.router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: packed(&router.Router{})}},
 		},
 	}
-	l := &listener.Listener{
-		Name: fmt.Sprintf("0.0.0.0_%d", s.Port), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
-		Address: &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
-			Address: "0.0.0.0", PortSpecifier: &core.SocketAddress_PortValue{PortValue: s.Port},
-		}}},
-		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{{
-			Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)},
-		}}}},
-	}
+	l := outbound(s.Port, &listener.Filter{
+		Name: "envoy.filters.network.http_connection_manager", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(manager)},
+	})
 	resources[resource.ListenerType] = append(resources[resource.ListenerType], l)
+	if s.TCP.Port != 0 {
+		resources[resource.ListenerType] = append(resources[resource.ListenerType], outbound(s.TCP.Port, s.TCP.proxy(s.Clusters)))
+	}
 	if s.Gateway == "" {
 		return
 	}
@@ -198,6 +205,29 @@ func (s *services) add(resources map[resource.Type][]types.Resource) {
 	l.ListenerFilters = []*listener.ListenerFilter{{
 		Name: "envoy.filters.listener.tls_inspector", ConfigType: &listener.ListenerFilter_TypedConfig{TypedConfig: packed(&inspector.TlsInspector{})},
 	}}
+}
+
+// outbound is a listener of outbound connections to a port.
+func outbound(port uint32, filter *listener.Filter) *listener.Listener {
+	return &listener.Listener{
+		Name: fmt.Sprintf("0.0.0.0_%d", port), TrafficDirection: core.TrafficDirection_OUTBOUND, BindToPort: wrapperspb.Bool(false),
+		Address: &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
+			Address: "0.0.0.0", PortSpecifier: &core.SocketAddress_PortValue{PortValue: port},
+		}}},
+		FilterChains: []*listener.FilterChain{{Filters: []*listener.Filter{filter}}},
+	}
+}
+
+func (c *connections) proxy(clusters []subset) *listener.Filter {
+	weighted := &tcpproxy.TcpProxy_WeightedCluster{}
+	for _, s := range clusters { // in order, so that equal contents are equal resources
+		if weight := c.Weights[s.Name]; weight > 0 {
+			weighted.Clusters = append(weighted.Clusters, &tcpproxy.TcpProxy_WeightedCluster_ClusterWeight{Name: s.Name, Weight: weight})
+		}
+	}
+	return &listener.Filter{Name: "envoy.filters.network.tcp_proxy", ConfigType: &listener.Filter_TypedConfig{TypedConfig: packed(&tcpproxy.TcpProxy{
+		StatPrefix: "outbound", ClusterSpecifier: &tcpproxy.TcpProxy_WeightedClusters{WeightedClusters: weighted},
+	})}}
 }
 
 func (c *subset) assignment() *endpoint.ClusterLoadAssignment {

@@ -1,0 +1,267 @@
+package httpforward
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/nettest"
+)
+
+// slowEdge starts an engine behind an edge, with a client of it. The server does what the path asks for.
+func slowEdge(t *testing.T, edge *Edge, two bool) (*rig, *http.Client) {
+	t.Helper()
+	server := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/never":
+			<-r.Context().Done()
+		case "/begin":
+			io.WriteString(w, "part")
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		case "/echo":
+			http.NewResponseController(w).EnableFullDuplex()
+			w.WriteHeader(200)
+			w.(http.Flusher).Flush()
+			buf := make([]byte, 1)
+			for n, err := r.Body.Read(buf); n > 0 && err == nil; n, err = r.Body.Read(buf) {
+				w.Write(buf[:n])
+				w.(http.Flusher).Flush()
+			}
+		default:
+			io.Copy(io.Discard, r.Body)
+			io.WriteString(w, "ok")
+		}
+	})
+	r, _ := newEdgeTo(t, server, edge, two, two)
+	client := http2Client(t)
+	if !two {
+		client = &http.Client{Transport: &http.Transport{}, Timeout: nettest.Patience}
+		t.Cleanup(client.CloseIdleConnections)
+	}
+	return r, client
+}
+
+// A request of which no byte moves, or that does not arrive in time, is answered as Envoy answers it, and a response that has
+// begun is cut off. A connection of HTTP/2 and its other streams go on.
+func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
+	t.Parallel()
+	const limit = 100 * time.Millisecond
+	for name, c := range map[string]struct {
+		edge   *Edge
+		path   string
+		body   func(io.Writer) // nil: the request has no body; it is left unfinished
+		status int
+		text   string
+		want   recorded
+	}{
+		"no response": {&Edge{SilenceTimeout: limit}, "/never", nil, 504, "stream timeout",
+			recorded{reason: flow.IdleTimeout, flags: "SI", details: "stream_idle_timeout"}},
+		"unfinished": {&Edge{SilenceTimeout: limit}, "/", func(w io.Writer) { io.WriteString(w, "part") }, 408, "stream timeout",
+			recorded{reason: flow.IdleTimeout, flags: "SI", details: "stream_idle_timeout"}},
+		"an unfinished response": {&Edge{SilenceTimeout: limit}, "/begin", nil, 200, "part",
+			recorded{reason: flow.IdleTimeout, flags: "SI", details: "stream_idle_timeout"}},
+		"a slow request": {&Edge{RequestTimeout: limit}, "/", func(w io.Writer) {
+			ticker := time.NewTicker(time.Millisecond)
+			defer ticker.Stop()
+			for range ticker.C {
+				if _, err := io.WriteString(w, "a"); err != nil {
+					return
+				}
+			}
+		}, 408, "request timeout", recorded{reason: flow.HeadTimeout, details: "request_overall_timeout"}},
+	} {
+		for _, two := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, HTTP/2 %v", name, two), func(t *testing.T) {
+				t.Parallel()
+				r, client := slowEdge(t, c.edge, two)
+				method, body := "GET", io.Reader(nil)
+				if c.body != nil {
+					from, to := io.Pipe()
+					defer to.Close()
+					go c.body(to)
+					method, body = "POST", from
+				}
+				request, _ := http.NewRequestWithContext(t.Context(), method, "http://"+r.address+c.path, body)
+				response, err := client.Do(request)
+				if err != nil {
+					t.Fatal(err)
+				}
+				text, err := io.ReadAll(response.Body)
+				response.Body.Close()
+				if response.StatusCode != c.status || string(text) != c.text || (err != nil) != (c.status == 200) {
+					t.Errorf("%d, %q, %v; want %d, %q", response.StatusCode, text, err, c.status, c.text)
+				}
+				got := r.records.await(t, 0)
+				if got.reason != c.want.reason || got.flags != c.want.flags || got.details != c.want.details || got.status != c.status {
+					t.Errorf("the record is %+v, want %+v", got, c.want)
+				}
+				if !two {
+					return
+				}
+				reused := false
+				trace := &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) { reused = info.Reused }}
+				request, _ = http.NewRequestWithContext(httptrace.WithClientTrace(t.Context(), trace), "GET", "http://"+r.address, nil)
+				response, err = client.Do(request)
+				if err != nil {
+					t.Fatal(err)
+				}
+				response.Body.Close()
+				if response.StatusCode != 200 || !reused {
+					t.Errorf("the next request: %s, on the same connection: %v", response.Status, reused)
+				}
+			})
+		}
+	}
+}
+
+// A stream that moves is not ended by a limit of silence, and does not keep a silent one of its connection.
+func TestTheLimitOfSilenceIsThatOfEachStream(t *testing.T) {
+	t.Parallel()
+	r, client := slowEdge(t, &Edge{SilenceTimeout: 2 * time.Second}, true)
+	from, to := io.Pipe()
+	defer to.Close()
+	request, _ := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.address+"/echo", from)
+	moving, err := client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer moving.Body.Close()
+	silent := make(chan *http.Response, 1)
+	go func() {
+		response, err := client.Get("http://" + r.address + "/never")
+		if err != nil {
+			t.Error(err)
+		}
+		silent <- response
+	}()
+	for buf := []byte{0}; ; {
+		to.Write([]byte("a"))
+		if _, err := io.ReadFull(moving.Body, buf); err != nil {
+			t.Fatalf("the moving stream: %v", err)
+		}
+		select {
+		case response := <-silent:
+			if response != nil {
+				response.Body.Close()
+				if response.StatusCode != 504 {
+					t.Errorf("the silent stream: %s", response.Status)
+				}
+			}
+			return
+		default:
+		}
+	}
+}
+
+// A head that does not come to its end is answered by the limit that passes first.
+func TestUnfinishedHeadsAreAnsweredAtTheEdge(t *testing.T) {
+	t.Parallel()
+	const limit, long = 50 * time.Millisecond, time.Hour
+	for text, edge := range map[string]*Edge{
+		"stream timeout":         {SilenceTimeout: limit, RequestTimeout: long, HeadTimeout: long},
+		"request timeout":        {SilenceTimeout: long, RequestTimeout: limit, HeadTimeout: long},
+		"request header timeout": {SilenceTimeout: long, RequestTimeout: long, HeadTimeout: limit},
+	} {
+		r, _ := slowEdge(t, edge, false)
+		client := r.dial(t)
+		send(t, client, "GET / HTTP/1.1\r\nHost: ")
+		client.SetReadDeadline(time.Now().Add(nettest.Patience))
+		response, err := http.ReadResponse(bufio.NewReader(client), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		body, err := io.ReadAll(response.Body)
+		if err != nil || response.StatusCode != 408 || string(body) != text {
+			t.Errorf("%d, %q, %v; want 408, %q", response.StatusCode, body, err, text)
+		}
+	}
+}
+
+// Ports and the dot at the end of hosts are removed before anything else sees the request.
+func TestTheEdgeStripsHosts(t *testing.T) {
+	for _, c := range []struct {
+		edge       *Edge
+		host, want string
+	}{
+		{&Edge{StripPort: StripEach}, "a.example:8443", "a.example"},
+		{&Edge{StripPort: StripEach}, "a.example", "a.example"},
+		{&Edge{StripPort: StripEach}, "a.example:", "a.example:"},
+		{&Edge{StripPort: StripEach}, "a.example:x", "a.example:x"},
+		{&Edge{StripPort: StripEach}, "[2001:db8::1]:80", "[2001:db8::1]"},
+		{&Edge{StripPort: StripEach}, "[2001:db8::80]", "[2001:db8::80]"},
+		{&Edge{StripPort: StripOwn}, "a.example:8443", "a.example:8443"},
+		{&Edge{StripPort: StripOwn}, "a.example:PORT", "a.example"},
+		{&Edge{StripDot: true}, "a.example.", "a.example"},
+		{&Edge{StripDot: true}, "a.example.:81", "a.example:81"},
+		{&Edge{StripDot: true, StripPort: StripEach}, "a.example.:81", "a.example"},
+		{&Edge{StripDot: true}, "a.example..", "a.example."},
+		{&Edge{}, "a.example.:81", "a.example.:81"},
+	} {
+		for _, two := range []bool{false, true} {
+			r, router := newEdge(t, c.edge, two, two)
+			client := http2Client(t)
+			if !two {
+				client = &http.Client{Transport: &http.Transport{}, Timeout: nettest.Patience}
+			}
+			request, _ := http.NewRequestWithContext(t.Context(), "GET", "http://"+r.address+"/x", nil)
+			request.Host = strings.ReplaceAll(c.host, "PORT", fmt.Sprint(router.to.Address.Port())) // the original destination's
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			client.CloseIdleConnections()
+			if got := r.records.await(t, 0); got.authority != c.want || response.Header.Get("Saw-Host") != c.want {
+				t.Errorf("%s, HTTP/2 %v: the record has %q, the server %q, want %q", c.host, two, got.authority, response.Header.Get("Saw-Host"), c.want)
+			}
+		}
+	}
+}
+
+// The host of a target in absolute form is changed as well, and that of CONNECT is not.
+func TestTheEdgeStripsHostsInEachForm(t *testing.T) {
+	o := newOrigin(t)
+	r, _ := newEdgeTo(t, o.address, &Edge{StripPort: StripEach, KeepFor: true}, false, false)
+	const added = "x-forwarded-proto: http\r\nx-envoy-external-address: 127.0.0.1\r\n\r\n"
+	for request, want := range map[string]string{
+		"GET http://b.example:81/x HTTP/1.1\r\nX-A: 1\r\nHost: a.example:80\r\n": "GET http://b.example/x HTTP/1.1\r\nX-A: 1\r\nHost: a.example\r\n",
+		"GET /:80 HTTP/1.1\r\nHost: a.example:80\r\nX-A: a.example:80\r\n":       "GET /:80 HTTP/1.1\r\nHost: a.example\r\nX-A: a.example:80\r\n",
+		"CONNECT a.example:80 HTTP/1.1\r\nHost: a.example:80\r\n":                "CONNECT a.example:80 HTTP/1.1\r\nHost: a.example:80\r\n",
+	} {
+		client := r.dial(t)
+		send(t, client, request+"\r\n")
+		server := o.accept()
+		expect(t, server, want+added)
+		send(t, server, ok("1"))
+		client.Close()
+		server.Close()
+	}
+}
+
+// Responses, and replies of the gateway's own, get the request's ID if that is configured.
+func TestResponsesHaveTheRequestID(t *testing.T) {
+	for _, always := range []bool{false, true} {
+		for _, two := range []bool{false, true} {
+			r, client := slowEdge(t, &Edge{AlwaysReplyToID: always, KeepID: true, ID: true, SilenceTimeout: 50 * time.Millisecond}, two)
+			for _, path := range []string{"/", "/never"} {
+				request, _ := http.NewRequestWithContext(t.Context(), "GET", "http://"+r.address+path, nil)
+				request.Header.Set("X-Request-Id", "the-id")
+				response, err := client.Do(request)
+				if err != nil {
+					t.Fatal(err)
+				}
+				response.Body.Close()
+				if got := strings.Join(response.Header["X-Request-Id"], "|"); got != map[bool]string{true: "the-id"}[always] {
+					t.Errorf("%s, HTTP/2 %v, always %v: x-request-id is %q", path, two, always, got)
+				}
+			}
+		}
+	}
+}
