@@ -226,3 +226,49 @@ func TestRoutesChangeWhatAServerSeesOfBodies(t *testing.T) {
 		}
 	}
 }
+
+// A client cannot send the fields that claims are sent in, nor those that a server of external authorization sets, in trailers: over
+// HTTP/1 such a request is malformed, over HTTP/2 they are removed. Other trailers pass.
+func TestClaimsAreNotTakenFromTrailers(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) {
+		if _, err := io.Copy(io.Discard, q.Body); err != nil {
+			return
+		}
+		fmt.Fprint(w, q.Trailer.Get("X-Group"), "|", q.Trailer.Get("X-User"), "|", q.Trailer.Get("X-Other"))
+	})
+	r.check(t, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X-User", "a") })
+	r.route(host("web", "web"))
+	authz := asking(nil)
+	authz.ExtAuthz.HTTP.Upstream = []mesh.StringMatcher{{Text: "x-user", IgnoreCase: true}}
+	for _, body := range []*mesh.AuthzBody{nil, {MaxBytes: 100}} {
+		authz.ExtAuthz.Body = body
+		r.listen(edge(0, tokens(), authz))
+		for name, want := range map[string]struct {
+			status int
+			body   string
+		}{"X-Other": {200, "||v"}, "X-Group": {400, "||"}, "x-user": {400, "||"}} {
+			for _, http2 := range []bool{false, true} {
+				request, err := http.NewRequest("POST", "http://web/", io.MultiReader(strings.NewReader("body")))
+				if err != nil {
+					t.Fatal(err)
+				}
+				request.Trailer = http.Header{name: {"v"}}
+				response, err := r.once(t, http2).Do(request)
+				if err != nil {
+					t.Fatalf("%s, HTTP/2 %v: %v", name, http2, err)
+				}
+				got, err := io.ReadAll(response.Body)
+				response.Body.Close()
+				if http2 {
+					want.status = 200
+				}
+				if response.StatusCode != want.status || want.status == 200 && (string(got) != want.body || err != nil) {
+					t.Errorf("%s, HTTP/2 %v: %d, %q, %v; want %d, %q", name, http2, response.StatusCode, got, err, want.status, want.body)
+				}
+				r.Await(t)
+			}
+		}
+	}
+}

@@ -3,6 +3,7 @@ package inbound
 import (
 	"bytes"
 	"context"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -180,4 +181,51 @@ func TestAServerSeesCertificatesAndChangesQueries(t *testing.T) {
 	if n := shown.Load(); n != 3 {
 		t.Errorf("a certificate was shown %d times, want 3", n)
 	}
+}
+
+// The fields in which claims are sent are removed from the trailers of a client's requests over HTTP/2, also where no server is asked.
+func TestClaimsAreNotTakenFromTrailers(t *testing.T) {
+	const mode = "STRICT, HTTP"
+	m := newMeshRig(t, mode)
+	m.enforceBehind(t, mode, &mesh.JWT{
+		Providers: []mesh.JWTProvider{{Name: "p", Issuer: "me", Keys: []byte(`{"keys":[]}`), ClaimHeaders: []mesh.ClaimHeader{{Header: "X-Group", Claim: "group"}}}},
+		Rules:     []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTAllowMissing}}},
+	})
+	conns := m.Listen(t, "82")
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		var protocols http.Protocols
+		protocols.SetUnencryptedHTTP2(true)
+		ended := make(chan net.Conn)
+		server := http.Server{Protocols: &protocols, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.Header().Set("Seen", r.Trailer.Get("X-Group")+"|"+r.Trailer.Get("X-Other"))
+		})}
+		server.ConnState = func(_ net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				close(ended)
+			}
+		}
+		accepted := make(chan net.Conn, 1)
+		accepted <- <-conns
+		server.Serve(&oneConn{accepted, ended})
+	}()
+	client := m.http2(t, 82)
+	request, err := http.NewRequest("POST", "http://shop.example/", io.MultiReader(strings.NewReader("body")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Trailer = http.Header{"X-Group": {"forged"}, "X-Other": {"v"}}
+	response, err := client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if got := response.Header.Get("Seen"); response.StatusCode != 200 || got != "|v" {
+		t.Errorf("%s, the workload sees %q", response.Status, got)
+	}
+	m.Await(t)
+	client.CloseIdleConnections()
+	<-served
 }

@@ -351,6 +351,15 @@ func (e *Edge) trailers(fields []http2.Field) []http2.Field {
 	return slices.DeleteFunc(fields, func(f http2.Field) bool { return e.refusesTrailer(readOnly(f.Name)) })
 }
 
+// trailers returns the trailers of the request without the fields that they must not have.
+func (s *stream) trailers(fields []http2.Field) []http2.Field {
+	fields = s.settings.edge.trailers(fields)
+	if len(s.forbidden) == 0 {
+		return fields
+	}
+	return slices.DeleteFunc(fields, func(f http2.Field) bool { return forbids(s.forbidden, readOnly(f.Name)) })
+}
+
 // ForwardedAddress returns the address in the x-forwarded-for of a request that skip others follow: each proxy appends the one
 // from which it was reached. Without it, or if it is not an address, it is peer (Envoy's getLastAddressFromXFF).
 func ForwardedAddress(fields HeaderFields, skip int, peer netip.Addr) netip.Addr {

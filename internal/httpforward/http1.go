@@ -216,8 +216,11 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 	}
 	if framing.Kind == http1.Chunked {
 		x.request.nominated = x.forbidden(b)
-		if x.settings.edge != nil {
-			x.request.refuses = x.settings.edge.refusesTrailer
+		switch edge := x.settings.edge; {
+		case len(x.decision.Forbidden) > 0:
+			x.request.refuses = x.refusesTrailer
+		case edge != nil:
+			x.request.refuses = edge.refusesTrailer
 		}
 	}
 	x.s.Read.Discard(x.headLength())
@@ -319,6 +322,11 @@ func (x *exchange) await(c Check) error {
 		}
 	}
 	return nil
+}
+
+// refusesTrailer reports whether the edge or the decision forbids a field in the trailers of the request.
+func (x *exchange) refusesTrailer(name []byte) bool {
+	return x.settings.edge != nil && x.settings.edge.refusesTrailer(name) || x.decision.refusesTrailer(name)
 }
 
 // forbidden returns the names that are forbidden in the trailers of the request.

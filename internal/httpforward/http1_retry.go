@@ -125,6 +125,7 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	x.decision = s.route(&x.routed)
 	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
 	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made
+	x.decision.Forbidden = x.previous.Forbidden
 	switch {
 	case x.decision.waits(): // the policies have changed
 		if x.decision.Check != nil {

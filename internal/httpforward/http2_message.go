@@ -151,7 +151,7 @@ func (m *multiplex) requestTrailers(s *stream, end bool, fields []http2.Field, w
 	if err := s.request.endsWith(s.id, end, fields); err != nil {
 		return err
 	}
-	m.toUp.forwardBlock(s, true, s.settings.edge.trailers(fields))
+	m.toUp.forwardBlock(s, true, s.trailers(fields))
 	m.toUp.endMessage(s, true)
 	return nil
 }

@@ -16,6 +16,8 @@ import (
 
 // carriedStream is the state of a stream whose decision is more than a target.
 type carriedStream struct {
+	forbidden []string // Decision.Forbidden
+
 	plan  *route.Plan
 	made  *route.Reply // is sent in place of a response
 	lease Lease        // nil: it has ended, or was not given
@@ -43,7 +45,7 @@ func (m *multiplex) carry(s *stream, d *Decision) {
 	if d.Path != nil {
 		m.routed.Path, s.normalized = d.Path, true
 	}
-	s.edits = d.Edits
+	s.edits, s.forbidden = d.Edits, d.Forbidden
 	if (d.Path != nil || len(d.Edits) > 0) && s.plan == nil {
 		s.plan = noPlan
 	}

@@ -140,7 +140,10 @@ func (h *hub) decide(c *call) {
 // takePlan takes over what a decision has besides its target.
 func (h *hub) takePlan(c *call) {
 	d := &c.decision
-	c.plan, c.edits = d.Plan, d.Edits
+	c.plan, c.edits, c.forbidden = d.Plan, d.Edits, d.Forbidden
+	if c.req.trailers != nil { // they have come while the decision waited
+		c.req.trailers = c.trailers(c.req.trailers)
+	}
 	c.req.pace, c.resp.pace = relay.NewPace(d.RequestRate), relay.NewPace(d.ResponseRate)
 	if d.Path != nil {
 		c.sent.path, c.normalized = bytes.Clone(d.Path), true
@@ -239,7 +242,7 @@ func (h *hub) requestTrailers(c *call, end bool, fields []http2.Field, whole boo
 	if err := c.request.endsWith(c.id, end, fields); err != nil {
 		return err
 	}
-	c.request.ended, c.req.trailers = true, slices.Clone(c.settings.edge.trailers(fields))
+	c.request.ended, c.req.trailers = true, slices.Clone(c.trailers(fields))
 	h.awaitEnd(c)
 	h.pass(&c.req)
 	h.collected(c)

@@ -102,6 +102,10 @@ type Decision struct {
 	// only.
 	Edits []route.Edit
 
+	// Forbidden are fields that the request's trailers must not have, in lower case: applications may read those like a head,
+	// and these fields are made here. Over HTTP/1 such a trailer is malformed, over HTTP/2 it is removed. The list is not changed.
+	Forbidden []string
+
 	Reply *route.Reply  // is sent in place of a response; nil: the request is forwarded
 	Plan  *route.Plan   // what the route changes; nil: the request passes as it is
 	Delay time.Duration // before anything is dialled or replied, by fault injection
@@ -249,6 +253,18 @@ func readOnly(text string) []byte { return unsafe.Slice(unsafe.StringData(text),
 
 // waits reports whether the Router is called again before there is a decision.
 func (d *Decision) waits() bool { return d.Check != nil || d.Collect > 0 }
+
+// refusesTrailer reports whether the request's trailers must not have a field.
+func (d *Decision) refusesTrailer(name []byte) bool { return forbids(d.Forbidden, name) }
+
+func forbids(names []string, name []byte) bool {
+	for _, forbidden := range names {
+		if sameName(name, forbidden) {
+			return true
+		}
+	}
+	return false
+}
 
 // asks reports whether the decision asks for more than a target.
 func (d *Decision) asks() bool { return d.Reply != nil || d.Delay > 0 || len(d.Mirrors) > 0 }

@@ -38,6 +38,7 @@ type fileSecret struct {
 	read        time.Time         // when they were read last
 	certificate *tls.Certificate
 	roots       *Roots
+	revocations *Revocations
 }
 
 // Certificate returns the certificate with a name. Its Leaf is set.
@@ -74,6 +75,18 @@ func (f *FileSecrets) Roots(name string) (*Roots, error) {
 		return nil, err
 	}
 	return secret.roots, nil
+}
+
+// Revocations returns the lists in a file.
+func (f *FileSecrets) Revocations(path string) (*Revocations, error) {
+	secret, err := f.get("crl "+path, []string{path}, func(s *fileSecret, texts [][]byte) (err error) {
+		s.revocations, err = ParseRevocations(texts[0])
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return secret.revocations, nil
 }
 
 // get returns a secret, and reads its files if that is due.

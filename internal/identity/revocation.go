@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -123,6 +124,17 @@ func (r *Revocations) Equal(other *Revocations) bool {
 	return r == other || r != nil && other != nil && bytes.Equal(r.PEM, other.PEM)
 }
 
+// And returns the lists of both. Either may be nil.
+func (r *Revocations) And(other *Revocations) *Revocations {
+	switch {
+	case r == nil:
+		return other
+	case other == nil:
+		return r
+	}
+	return &Revocations{PEM: slices.Concat(r.PEM, other.PEM), lists: slices.Concat(r.lists, other.lists)}
+}
+
 // Check returns an error if a certificate of a verified chain, from the leaf to the root, has been revoked at now, or if
 // there is no valid list by which that could be known. Envoy requires a list of each issuer as well. Nil Revocations know
 // no revoked certificate.
@@ -135,6 +147,17 @@ func (r *Revocations) Check(chain []*x509.Certificate, now time.Time) error {
 		if err := r.check(certificate, issuer, now); err != nil {
 			return fmt.Errorf("certificate %x of %q: %w", certificate.SerialNumber, certificate.Issuer, err)
 		}
+	}
+	return nil
+}
+
+// CheckLeaf is Check for the first certificate of a chain only.
+func (r *Revocations) CheckLeaf(chain []*x509.Certificate, now time.Time) error {
+	if r == nil {
+		return nil
+	}
+	if err := r.check(chain[0], chain[min(1, len(chain)-1)], now); err != nil {
+		return fmt.Errorf("certificate %x of %q: %w", chain[0].SerialNumber, chain[0].Issuer, err)
 	}
 	return nil
 }

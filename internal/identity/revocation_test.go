@@ -51,22 +51,23 @@ func TestARevokedCertificateIsFound(t *testing.T) {
 	for name, test := range map[string]struct {
 		text string
 		want error
+		leaf error // if only the leaf is looked up
 	}{
-		"of neither issuer":        {other.revoke(t, nil, first), ErrNoList},
-		"of the root alone":        {root.revoke(t, nil), ErrNoList},
-		"of both issuers":          {root.revoke(t, nil) + intermediate.revoke(t, nil, second), nil},
-		"valid for long":           {root.revoke(t, endless) + intermediate.revoke(t, endless), nil},
-		"with the leaf":            {root.revoke(t, nil) + intermediate.revoke(t, nil, second, first), ErrRevoked},
-		"with the intermediate":    {intermediate.revoke(t, nil) + root.revoke(t, nil, intermediate.certificate), ErrRevoked},
-		"with the root":            {intermediate.revoke(t, nil) + root.revoke(t, nil, root.certificate), ErrRevoked},
-		"forged":                   {root.revoke(t, nil) + forger.revoke(t, nil), ErrNoList},
-		"forged, and a good one":   {root.revoke(t, nil) + forger.revoke(t, nil, first) + intermediate.revoke(t, nil), nil},
-		"expired":                  {root.revoke(t, nil) + intermediate.revoke(t, expired), ErrListExpired},
-		"not valid yet":            {root.revoke(t, nil) + intermediate.revoke(t, early), ErrListExpired},
-		"expired, and a good one":  {root.revoke(t, nil) + intermediate.revoke(t, expired) + intermediate.revoke(t, nil), nil},
-		"a good one, and expired":  {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired), nil},
-		"expired, with the leaf":   {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired, first), ErrRevoked},
-		"between other PEM blocks": {text(first) + root.revoke(t, nil) + "x\n" + intermediate.revoke(t, nil) + text(second), nil},
+		"of neither issuer":        {other.revoke(t, nil, first), ErrNoList, ErrNoList},
+		"of the root alone":        {root.revoke(t, nil), ErrNoList, ErrNoList},
+		"of both issuers":          {root.revoke(t, nil) + intermediate.revoke(t, nil, second), nil, nil},
+		"valid for long":           {root.revoke(t, endless) + intermediate.revoke(t, endless), nil, nil},
+		"with the leaf":            {root.revoke(t, nil) + intermediate.revoke(t, nil, second, first), ErrRevoked, ErrRevoked},
+		"with the intermediate":    {intermediate.revoke(t, nil) + root.revoke(t, nil, intermediate.certificate), ErrRevoked, nil},
+		"with the root":            {intermediate.revoke(t, nil) + root.revoke(t, nil, root.certificate), ErrRevoked, nil},
+		"forged":                   {root.revoke(t, nil) + forger.revoke(t, nil), ErrNoList, ErrNoList},
+		"forged, and a good one":   {root.revoke(t, nil) + forger.revoke(t, nil, first) + intermediate.revoke(t, nil), nil, nil},
+		"expired":                  {root.revoke(t, nil) + intermediate.revoke(t, expired), ErrListExpired, ErrListExpired},
+		"not valid yet":            {root.revoke(t, nil) + intermediate.revoke(t, early), ErrListExpired, ErrListExpired},
+		"expired, and a good one":  {root.revoke(t, nil) + intermediate.revoke(t, expired) + intermediate.revoke(t, nil), nil, nil},
+		"a good one, and expired":  {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired), nil, nil},
+		"expired, with the leaf":   {root.revoke(t, nil) + intermediate.revoke(t, nil) + intermediate.revoke(t, expired, first), ErrRevoked, ErrRevoked},
+		"between other PEM blocks": {text(first) + root.revoke(t, nil) + "x\n" + intermediate.revoke(t, nil) + text(second), nil, nil},
 	} {
 		lists, err := ParseRevocations([]byte(test.text))
 		if err != nil {
@@ -74,6 +75,9 @@ func TestARevokedCertificateIsFound(t *testing.T) {
 		}
 		if err := lists.Check(chain, time.Now()); !errors.Is(err, test.want) {
 			t.Errorf("lists %s: error %v, want %v", name, err, test.want)
+		}
+		if err := lists.CheckLeaf(chain, time.Now()); !errors.Is(err, test.leaf) {
+			t.Errorf("lists %s for the leaf: error %v, want %v", name, err, test.leaf)
 		}
 	}
 	if err := (*Revocations)(nil).Check(chain, time.Now()); err != nil {

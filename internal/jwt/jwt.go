@@ -67,6 +67,9 @@ type Result struct {
 	Awaited *mesh.RemoteKeys
 }
 
+// Own returns the names of the header fields that clients must not send, in the head or in trailers.
+func (f *Filter) Own() []string { return f.own }
+
 // Requirement is what requests have to meet.
 type Requirement struct {
 	Own  bool   // that of a route; without it, the filter's rules count

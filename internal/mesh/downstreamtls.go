@@ -20,6 +20,7 @@ type DownstreamTLS struct {
 	RequireClient bool // a client without a certificate is rejected
 
 	Pins []Pin // of which a client's certificate must have one; empty: any certificate
+	CRL  CRL
 
 	MinVersion, MaxVersion TLSVersion
 	Suites                 []uint16 // of TLS 1.2, by their numbers; empty: the default
@@ -36,7 +37,7 @@ func (t *DownstreamTLS) Admits(before *DownstreamTLS) bool {
 	case t.Roots == "":
 		return true
 	}
-	return t.Roots == before.Roots && (before.RequireClient || !t.RequireClient) && slices.Equal(t.Names, before.Names) && slices.Equal(t.Pins, before.Pins)
+	return t.Roots == before.Roots && (before.RequireClient || !t.RequireClient) && slices.Equal(t.Names, before.Names) && slices.Equal(t.Pins, before.Pins) && t.CRL == before.CRL
 }
 
 const downstreamTLSType = typePrefix + "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext"
@@ -90,7 +91,7 @@ func (d *decoder) downstreamTLS(m wire.Message) *DownstreamTLS {
 		}
 	}
 	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
-	t.Certificates, t.Pins, t.Suites = common.certificates, common.pins, common.suites
+	t.Certificates, t.Pins, t.CRL, t.Suites = common.certificates, common.pins, common.crl, common.suites
 	if len(t.Certificates) == 0 {
 		d.report(Security, "no certificate to present")
 	}

@@ -45,6 +45,7 @@ var tables = []*message{
 	&tlsParametersFields,
 	&combinedFields,
 	&validationFields,
+	&crlFields,
 	&secretFields,
 	&stringMatcherFields,
 	&regexFields,

@@ -36,9 +36,16 @@ type UpstreamTLS struct {
 	HostSNI, HostName bool
 
 	Pins []Pin // of which the certificate must have one; empty: any certificate
+	CRL  CRL
 
 	MinVersion, MaxVersion TLSVersion
 	Suites                 []uint16 // of TLS 1.2, by their numbers; empty: the default
+}
+
+// CRL is a file of revocation lists, besides those of the secret of roots.
+type CRL struct {
+	Path     string // empty: there is none
+	LeafOnly bool   // only the first certificate of a chain is looked up, in all lists
 }
 
 // Pin is the SHA-256 hash of a certificate or of its public key, both as DER.
@@ -178,7 +185,7 @@ func (d *decoder) upstreamTLS(m wire.Message) *UpstreamTLS {
 		t.Certificate = common.certificates[0]
 	}
 	t.ALPN, t.Roots, t.Names, t.MinVersion, t.MaxVersion = common.alpn, common.roots, common.names, common.minVersion, common.maxVersion
-	t.Pins, t.Suites = common.pins, common.suites
+	t.Pins, t.CRL, t.Suites = common.pins, common.crl, common.suites
 	if t.Roots == "" && len(t.Names)+len(t.Pins) > 0 {
 		d.report(Security, "no roots to verify endpoints with")
 	}
@@ -192,6 +199,7 @@ type commonTLS struct {
 	roots                  string
 	names                  []NameMatcher
 	pins                   []Pin
+	crl                    CRL
 	minVersion, maxVersion TLSVersion
 	suites                 []uint16
 }
@@ -329,18 +337,27 @@ var validationFields = message{"envoy.extensions.transport_sockets.tls.v3.Certif
 	2:  {"verify_certificate_hash", decoded},
 	3:  {"verify_certificate_spki", decoded},
 	6:  {"require_signed_certificate_timestamp", security},
-	7:  {"crl", security},
+	7:  {"crl", once},
 	8:  {"allow_expired_certificate", security},
 	9:  {"match_subject_alt_names", decoded},
 	10: {"trust_chain_verification", security},
 	11: {"watched_directory", ignored},
 	12: {"custom_validator_config", security},
 	13: {"ca_certificate_provider_instance", security},
-	14: {"only_verify_leaf_cert_crl", security},
+	14: {"only_verify_leaf_cert_crl", decoded},
 	15: {"match_typed_subject_alt_names", decoded},
 	16: {"max_verify_depth", security},
 	17: {"system_root_certs", security},
 	18: {"suppress_client_ca_list", ignored},
+}}
+
+// crlFields are those of the file that istiod names.
+var crlFields = message{"envoy.config.core.v3.DataSource", Security, []field{
+	1: {"filename", choice},
+	2: {"inline_bytes", security},
+	3: {"inline_string", security},
+	4: {"environment_variable", security},
+	5: {"watched_directory", ignored},
 }}
 
 func (d *decoder) validation(m wire.Message, t *commonTLS) {
@@ -350,6 +367,12 @@ func (d *decoder) validation(m wire.Message, t *commonTLS) {
 			add(d, &t.pins, &m, d.pin(strings.ReplaceAll(m.String(), ":", ""), false))
 		case 3:
 			add(d, &t.pins, &m, d.pin(m.String(), true))
+		case 7:
+			for m := m.Message(); d.next(&m, &crlFields); {
+				t.crl.Path = m.String()
+			}
+		case 14:
+			t.crl.LeafOnly = m.Bool()
 		case 9:
 			add(d, &t.names, &m, NameMatcher{StringMatcher: d.stringMatcher(m.Message())})
 		case 15:

@@ -168,6 +168,7 @@ type Verifier struct {
 type Trust struct {
 	Roots       *identity.Roots
 	Revocations *identity.Revocations // nil: no certificate has been revoked
+	LeafOnly    bool                  // only the first certificate of a chain may be revoked
 }
 
 // Name matches a subject alternative name.
@@ -249,7 +250,12 @@ func spiffeID(leaf *x509.Certificate) string {
 // revoked returns why each of the chains has a certificate that is revoked.
 func (t Trust) revoked(chains [][]*x509.Certificate, now time.Time) (err error) {
 	for _, chain := range chains {
-		if err = t.Revocations.Check(chain, now); err == nil {
+		if t.LeafOnly {
+			err = t.Revocations.CheckLeaf(chain, now)
+		} else {
+			err = t.Revocations.Check(chain, now)
+		}
+		if err == nil {
 			return nil
 		}
 	}

@@ -91,7 +91,7 @@ func (c *Contexts) newServer(t server) (*ServerContext, error) {
 		return nil, err
 	}
 	config.Clients = &Verifier{
-		Trust:  func() (Trust, error) { return c.trust(t.Roots) },
+		Trust:  func() (Trust, error) { return c.trustWith(t.Roots, t.CRL) },
 		Names:  names,
 		Pins:   t.Pins,
 		SPIFFE: t.Roots == OwnRoots,
@@ -167,7 +167,7 @@ func (c *Contexts) newClient(t *mesh.UpstreamTLS, inside Inside) (*ClientContext
 			return nil, err
 		}
 		config.Servers = &Verifier{
-			Trust: func() (Trust, error) { return c.trust(t.Roots) },
+			Trust: func() (Trust, error) { return c.trustWith(t.Roots, t.CRL) },
 			Names: names, Pins: t.Pins, SPIFFE: t.Roots == OwnRoots,
 		}
 	}
@@ -294,11 +294,25 @@ func (c *Contexts) Presented(t *mesh.UpstreamTLS) []*x509.Certificate {
 	return []*x509.Certificate{certificate.Leaf}
 }
 
+// trustWith returns the current roots with a name, and the lists of a file. Without its file, nothing is trusted.
+func (c *Contexts) trustWith(name string, crl mesh.CRL) (Trust, error) {
+	t, err := c.trust(name)
+	if t.LeafOnly = crl.LeafOnly; err != nil || crl.Path == "" {
+		return t, err
+	}
+	lists, err := c.files.Revocations(crl.Path)
+	if err != nil {
+		return Trust{}, fmt.Errorf("revocation lists: %w", err)
+	}
+	t.Revocations = t.Revocations.And(lists)
+	return t, nil
+}
+
 // trust returns the current roots with a name.
 func (c *Contexts) trust(name string) (Trust, error) {
 	if name == OwnRoots {
 		if i := c.source.Identity(); i != nil {
-			return Trust{i.Roots, i.Revocations}, nil
+			return Trust{Roots: i.Roots, Revocations: i.Revocations}, nil
 		}
 		return Trust{}, errNoRoots
 	}
@@ -327,6 +341,12 @@ func (c *Contexts) FileRoots(name string) *identity.Roots {
 		return nil
 	}
 	return roots
+}
+
+// FileRevocations returns the lists of a file, to compare them with earlier ones; nil: they cannot be read.
+func (c *Contexts) FileRevocations(path string) *identity.Revocations {
+	lists, _ := c.files.Revocations(path)
+	return lists
 }
 
 func parseTrust(secret *mesh.Secret) (t Trust, err error) {

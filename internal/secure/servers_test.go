@@ -5,6 +5,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -126,6 +128,14 @@ func TestModesOfServersWithEachClient(t *testing.T) {
 		"not valid yet":    w.Leaf(t, "", func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }),
 		"for servers only": w.Leaf(t, "", func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }),
 	}
+	file := func(text []byte) string {
+		path := filepath.Join(t.TempDir(), "crl.pem")
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	lists, others := mesh.CRL{Path: file(w.Revoke(t, revoked))}, mesh.CRL{Path: file(stranger.Revoke(t, revoked))}
 	const accepted = Failure(255)
 	invalid := func(none, good, revoked Failure) map[string]Failure {
 		return map[string]Failure{"none": none, "good": good, "revoked": revoked, "of another CA": UnknownRoot, "expired": Expired, "not valid yet": NotYetValid, "for servers only": WrongUsage}
@@ -144,18 +154,24 @@ func TestModesOfServersWithEachClient(t *testing.T) {
 		chain mesh.DownstreamTLS
 		want  map[string]Failure
 	}{
-		"SIMPLE":                                  {mesh.DownstreamTLS{}, every},
-		"MUTUAL":                                  {mesh.DownstreamTLS{Roots: "ca", RequireClient: true}, invalid(NoCertificate, accepted, accepted)},
-		"MUTUAL with a list":                      {mesh.DownstreamTLS{Roots: "ca-with-list", RequireClient: true}, invalid(NoCertificate, accepted, Revoked)},
-		"OPTIONAL_MUTUAL":                         {mesh.DownstreamTLS{Roots: "ca"}, invalid(accepted, accepted, accepted)},
-		"OPTIONAL_MUTUAL with a list":             {mesh.DownstreamTLS{Roots: "ca-with-list"}, invalid(accepted, accepted, Revoked)},
-		"MUTUAL with names":                       {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Names: names}, invalid(NoCertificate, NameRefused, NameRefused)},
-		"MUTUAL with a hash":                      {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{Hash: certificateHash}}}, invalid(NoCertificate, accepted, NotPinned)},
-		"MUTUAL with a key's hash":                {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{}, {Key: true, Hash: keyHash}}}, invalid(NoCertificate, accepted, NotPinned)},
-		"MUTUAL with a hash of the other kind":    {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{Hash: keyHash}}}, invalid(NoCertificate, NotPinned, NotPinned)},
-		"MUTUAL whose roots are missing":          {mesh.DownstreamTLS{Roots: "cert-cacert", RequireClient: true}, lacking},
-		"OPTIONAL_MUTUAL whose roots are missing": {mesh.DownstreamTLS{Roots: "cert-cacert"}, lacking},
-		"a certificate in the place of roots":     {mesh.DownstreamTLS{Roots: "cert"}, lacking},
+		"SIMPLE":                                   {mesh.DownstreamTLS{}, every},
+		"MUTUAL":                                   {mesh.DownstreamTLS{Roots: "ca", RequireClient: true}, invalid(NoCertificate, accepted, accepted)},
+		"MUTUAL with a list":                       {mesh.DownstreamTLS{Roots: "ca-with-list", RequireClient: true}, invalid(NoCertificate, accepted, Revoked)},
+		"MUTUAL with lists in a file":              {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, CRL: lists}, invalid(NoCertificate, accepted, Revoked)},
+		"MUTUAL with lists in a file, of leaves":   {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, CRL: mesh.CRL{Path: lists.Path, LeafOnly: true}}, invalid(NoCertificate, accepted, Revoked)},
+		"MUTUAL with lists of another CA":          {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, CRL: others}, invalid(NoCertificate, Revoked, Revoked)},
+		"MUTUAL with lists of a file and a secret": {mesh.DownstreamTLS{Roots: "ca-with-list", RequireClient: true, CRL: others}, invalid(NoCertificate, accepted, Revoked)},
+		"MUTUAL whose file of lists is missing":    {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, CRL: mesh.CRL{Path: lists.Path + "x"}}, lacking},
+		"MUTUAL whose file of lists is none":       {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, CRL: mesh.CRL{Path: file([]byte("no list"))}}, lacking},
+		"OPTIONAL_MUTUAL":                          {mesh.DownstreamTLS{Roots: "ca"}, invalid(accepted, accepted, accepted)},
+		"OPTIONAL_MUTUAL with a list":              {mesh.DownstreamTLS{Roots: "ca-with-list"}, invalid(accepted, accepted, Revoked)},
+		"MUTUAL with names":                        {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Names: names}, invalid(NoCertificate, NameRefused, NameRefused)},
+		"MUTUAL with a hash":                       {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{Hash: certificateHash}}}, invalid(NoCertificate, accepted, NotPinned)},
+		"MUTUAL with a key's hash":                 {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{}, {Key: true, Hash: keyHash}}}, invalid(NoCertificate, accepted, NotPinned)},
+		"MUTUAL with a hash of the other kind":     {mesh.DownstreamTLS{Roots: "ca", RequireClient: true, Pins: []mesh.Pin{{Hash: keyHash}}}, invalid(NoCertificate, NotPinned, NotPinned)},
+		"MUTUAL whose roots are missing":           {mesh.DownstreamTLS{Roots: "cert-cacert", RequireClient: true}, lacking},
+		"OPTIONAL_MUTUAL whose roots are missing":  {mesh.DownstreamTLS{Roots: "cert-cacert"}, lacking},
+		"a certificate in the place of roots":      {mesh.DownstreamTLS{Roots: "cert"}, lacking},
 	} {
 		t.Run(mode, func(t *testing.T) {
 			chain := test.chain

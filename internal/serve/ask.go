@@ -345,6 +345,9 @@ func (g *gate) take(r *httpforward.Request, e *mesh.ExtAuthz, answer *extauthz.A
 	}
 	if len(answer.Edits) > 0 {
 		g.edits = append(g.edits, answer.Edits...)
+		for i := range answer.Edits {
+			g.forbid([]string{answer.Edits[i].Name})
+		}
 		g.edited.set(r.Fields, g.edits)
 		g.subject.Request = nil // described again
 	}

@@ -23,7 +23,7 @@ func (r *Role) calloutSecurity(t *mesh.UpstreamTLS, http2 bool, host string) (ca
 	if s == nil {
 		return nil, errors.New("the control plane has sent no configuration yet")
 	}
-	key := secured{by: t, inside: secure.HTTP1, roots: r.roots(t, s)}
+	key := secured{by: t, inside: secure.HTTP1, roots: r.verifiedBy(t, s)}
 	if http2 {
 		key.inside = secure.HTTP2
 	}

@@ -172,8 +172,9 @@ type gate struct {
 
 	chosen chosen
 
-	queried bool   // a server has changed the query
-	collect uint32 // how much of the request's body is needed, with bodyFirst
+	forbidden []string // fields that filters make
+	queried   bool     // a server has changed the query
+	collect   uint32   // how much of the request's body is needed, with bodyFirst
 
 	routed route.Request // the argument of filters; a field, so that it is not allocated
 }
@@ -208,7 +209,7 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 // begin drops what filters have left about the last request.
 func (g *gate) begin() {
 	g.edits, g.responses, g.claims, g.asked, g.subject.Request = nil, nil, nil, nil, nil
-	g.queried = false
+	g.queried, g.forbidden = false, nil
 	g.shadows.clear()
 	g.edited.clear()
 	g.chosen.begin()
@@ -266,6 +267,7 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT, own *mesh.
 		Method: r.Method, Path: r.Path, Authority: r.Authority, Scheme: r.Scheme, Fields: g.fields(r),
 		Downstream: r.Connection.Downstream, Local: r.Connection.OriginalDestination,
 	}
+	g.forbid(jwt.Of(filter).Own())
 	var keys jwt.Keys
 	if g.role != nil && g.role.keys != nil {
 		keys = g.role.keys
@@ -294,6 +296,15 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT, own *mesh.
 		g.subject.Request = nil // described again
 	}
 	return result.Reply, nil
+}
+
+// forbid adds fields that clients must not send in trailers.
+func (g *gate) forbid(names []string) {
+	if g.forbidden == nil {
+		g.forbidden = slices.Clip(names)
+	} else {
+		g.forbidden = append(g.forbidden, names...)
+	}
 }
 
 // fields returns the header fields of a request as the filters so far have left them: a policy that looks at the field of a

@@ -94,7 +94,7 @@ func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Deci
 		decision.Reply, decision.Target = reply, upstream.Target{}
 		return decision
 	}
-	decision.Edits = r.gate.edits
+	decision.Edits, decision.Forbidden = r.gate.edits, r.gate.forbidden
 	if len(r.gate.responses) > 0 {
 		decision.Plan = &route.Plan{ResponseEdits: r.gate.responses}
 	}

@@ -56,7 +56,7 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 		choice = r.table.Find(&r.request)
 	}
 	d := r.forward(s, &choice)
-	d.DryRun = r.gate.shadows.dryRun()
+	d.DryRun, d.Forbidden = r.gate.shadows.dryRun(), r.gate.forbidden
 	if len(r.gate.edits) > 0 {
 		d.Edits = slices.Concat(r.gate.edits, d.Edits)
 	}

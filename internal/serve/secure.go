@@ -135,7 +135,7 @@ const maxSecurities = 1024
 func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options, host string) *upstream.Security {
 	key := secured{by: t, options: o, host: host}
 	if t != nil {
-		key.inside, key.roots = inside, r.roots(t, s)
+		key.inside, key.roots = inside, r.verifiedBy(t, s)
 	}
 	if known := (*r.securities.Load())[key]; known != nil {
 		return known
@@ -157,6 +157,15 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 	next[key] = made
 	r.securities.Store(&next)
 	return made
+}
+
+// verifiedBy identifies what servers are verified with now: roots, with revocation lists in a file.
+func (r *Role) verifiedBy(t *mesh.UpstreamTLS, s *mesh.Snapshot) any {
+	roots := r.roots(t, s)
+	if t.CRL.Path == "" {
+		return roots
+	}
+	return [...]any{roots, r.contexts.FileRevocations(t.CRL.Path)}
 }
 
 // roots identifies what servers are verified with now; nil: it has not come, or they are not verified.

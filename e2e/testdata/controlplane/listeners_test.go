@@ -195,6 +195,7 @@ func wideListener() *listener.Listener {
 			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{{Name: "rsa"}, {Name: "ecdsa"}},
 			ValidationContextType: &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 				DefaultValidationContext: &tlsv3.CertificateValidationContext{
+					Crl: &core.DataSource{Specifier: &core.DataSource_Filename{Filename: "/crl.pem"}}, OnlyVerifyLeafCertCrl: true,
 					VerifyCertificateHash:     []string{strings.Repeat("0a", 32), strings.Repeat(":0B", 32)[1:]},
 					VerifyCertificateSpki:     []string{base64.StdEncoding.EncodeToString(make([]byte, 32))},
 					MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{SanType: tlsv3.SubjectAltNameMatcher_URI, Matcher: regex}, {SanType: tlsv3.SubjectAltNameMatcher_DNS, Matcher: regex}},
@@ -429,7 +430,6 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 		case ".ExtAuthz":
 			policy := readNetworkAuthz(unpack(config.Value, &networkauthz.ExtAuthz{}))
 			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), ExtAuthz: policy})
-			want.Refused = want.Refused || !policy.Shadow && policy.PeerCert
 		case ".SniCluster":
 			want.ClusterIsSNI = true
 		case ".TypedStruct":
@@ -452,6 +452,7 @@ func readDownstream(c *tlsv3.DownstreamTlsContext) *mesh.DownstreamTLS {
 	}
 	validation := common.GetCombinedValidationContext().GetDefaultValidationContext()
 	want.Pins, want.Suites = readPins(validation), readSuites(common)
+	want.CRL = mesh.CRL{Path: validation.GetCrl().GetFilename(), LeafOnly: validation.GetOnlyVerifyLeafCertCrl()}
 	for _, name := range validation.GetMatchSubjectAltNames() {
 		want.Names = append(want.Names, mesh.NameMatcher{StringMatcher: readMatcher(name)})
 	}
