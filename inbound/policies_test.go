@@ -295,6 +295,33 @@ func TestShadowPoliciesAreNotEnforced(t *testing.T) {
 	c.Close()
 }
 
+// Policies that are not enforced are recorded of connections, whether others deny them or not.
+func TestDryRunsOfConnectionsAreRecorded(t *testing.T) {
+	m := newMeshRig(t, "STRICT, TCP")
+	dialled := m.Listen(t, "82")
+	everything := mesh.AccessPolicy{Name: "p", Permission: anything, Principal: anything}
+	dry := &mesh.RBAC{Shadow: &mesh.Rules{Action: mesh.Deny, Policies: []mesh.AccessPolicy{everything}}, ShadowPrefix: "istio_dry_run_deny_"}
+	asked := &mesh.RBAC{Shadow: &mesh.Rules{Action: mesh.Deny}, ShadowPrefix: "istio_ext_authz_"}
+	for denied, policies := range map[bool][]*mesh.RBAC{false: {dry, asked}, true: {asked, dry, rbac(mesh.Deny, anything, ofClient)}} {
+		m.enforce(t, "STRICT, TCP", policies...)
+		conn, err := m.handshake(t, m.Dial(t, m.At(82)), m.client, meshTCP...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, "question")
+		if !denied {
+			workload := servetest.Take(t, dialled)
+			servetest.Expect(t, workload, "question")
+			workload.Close()
+		}
+		conn.Close()
+		got := m.Await(t)
+		if got.DryRun != "deny: denied by p" || (got.Reason == flow.PolicyDenied) != denied {
+			t.Errorf("denied %v: the record has %q, %v, %v", denied, got.DryRun, got.Reason, got.Err)
+		}
+	}
+}
+
 // TestRequestsBehindProxyHeadersPassNoPolicy: on a port whose workload gets a PROXY header, requests are not looked at.
 func TestRequestsBehindProxyHeadersPassNoPolicy(t *testing.T) {
 	m := newMeshRig(t, "STRICT, HTTP")

@@ -123,6 +123,9 @@ const (
 // metadata compiles the argument of %DYNAMIC_METADATA%: dry runs are the only values that there are.
 func (p *piece) metadata(text string) error {
 	key, found := strings.CutPrefix(text, dryRunFilter)
+	if !found { // of connections
+		key, found = strings.CutPrefix(text, "envoy.filters.network.rbac:")
+	}
 	if !found || !strings.HasSuffix(key, dryRunPolicy) && !strings.HasSuffix(key, dryRunResult) {
 		return fmt.Errorf("%q is not metadata of the agent; write, for example, %sistio_dry_run_deny_%s or %sistio_dry_run_allow_%s",
 			text, dryRunFilter, dryRunPolicy, dryRunFilter, dryRunResult)

@@ -232,6 +232,37 @@ type DryRun struct {
 	Next   *DryRun // that of a later filter; nil: there is none
 }
 
+// DryRunPrefix begins the prefixes of policies with istio.io/dry-run. The action follows, and an underscore.
+const DryRunPrefix = "istio_dry_run_"
+
+// SetDryRun records the verdicts about a connection. Call it after Ask, before the connection is carried.
+func (r *Record) SetDryRun(d *DryRun) {
+	own := *r.HTTP // shared with other connections
+	own.DryRun = d
+	r.HTTP = &own
+}
+
+// String returns the verdicts in their order, such as "deny: denied by ns[shop]-policy[p]-rule[0]", without those of external
+// authorization. d may be nil.
+func (d *DryRun) String() string {
+	var list []string
+	for ; d != nil; d = d.Next {
+		action, ok := strings.CutPrefix(d.Prefix, DryRunPrefix)
+		if !ok {
+			continue
+		}
+		text := strings.TrimSuffix(action, "_") + ": allowed"
+		if d.Denied {
+			text = strings.TrimSuffix(action, "_") + ": denied"
+		}
+		if d.Policy != "" {
+			text += " by " + d.Policy
+		}
+		list = append(list, text)
+	}
+	return strings.Join(list, ", ")
+}
+
 // Trace is the place of a request in a distributed trace. Package tracing makes it, and the engine that serves the request
 // owns it: its memory is valid until Sink.Closed returns.
 type Trace struct {

@@ -57,9 +57,9 @@ func (m *heads) appendFields(block []byte, encoder *http2.Encoder, fields []http
 }
 
 // changes reports whether a request is sent with other fields than those it has.
-func (m *heads) changes(s *stream, has seen) bool {
+func (m *heads) changes(s *stream, fields []http2.Field, has seen) bool {
 	add := &s.settings.Fields
-	return m.Peers != nil || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
+	return m.Peers.changes(fields) || s.http.Trace != nil || m.edits(s) || add.RequestID && !has.id || add.ForwardedProto && !has.forwardedProto ||
 		add.ForwardedFor == ForwardedForAppend || add.ForwardedFor == ForwardedForSetIfAbsent && !has.forwardedFor
 }
 

@@ -77,7 +77,7 @@ func (l *leg) sendHTTP1(c *call, end bool) bool {
 	h, x := l.h, l.http1
 	x.call = c
 	request, fields, err := c.sent.Request, c.sent.fields, error(nil)
-	if h.changes(c.stream, c.sent.has) {
+	if h.changes(c.stream, fields, c.sent.has) {
 		h.appendRequest(nil, l.encoder, c.stream, fields, c.sent.has)
 		fields = l.encoder.Collected()
 		defer l.encoder.Forget()

@@ -1,6 +1,8 @@
 package httpforward
 
 import (
+	"slices"
+
 	"github.com/pillion-proxy/pillion/internal/http1"
 	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/peers"
@@ -160,6 +162,14 @@ func (p *PeerFields) drops(name string) bool {
 		return p.ClientCert != KeepClientCert
 	}
 	return false
+}
+
+// changes reports whether a request with these fields is sent with others. p may be nil.
+func (p *PeerFields) changes(fields []http2.Field) bool {
+	if p == nil || p.adds() || p.readsResponses() {
+		return p != nil
+	}
+	return slices.ContainsFunc(fields, func(f http2.Field) bool { return p.drops(f.Name) })
 }
 
 // appendField appends the field that a request gets to its header block, given the fields of the request.

@@ -27,6 +27,7 @@ type Record struct {
 	GRPCStatus  string    `json:"grpcStatus,omitempty"` // as received
 	Flags       string    `json:"flags,omitempty"`      // Envoy's response flags
 	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details
+	DryRun      string    `json:"dryRun,omitempty"`     // what policies that are not enforced would do
 	Reason      string    `json:"reason"`               // a flow.Reason
 	Failed      bool      `json:"failed,omitempty"`     // it counts as an error
 	Failure     string    `json:"failure,omitempty"`    // why the dial failed
@@ -64,6 +65,7 @@ type entry struct {
 	reason                            flow.Reason
 	duration, service                 time.Duration
 	received, sent                    uint64
+	dryRun                            *flow.DryRun
 
 	text [words]span
 	used int
@@ -107,7 +109,7 @@ func (e *entry) fill(r *flow.Record) {
 	}
 	e.status, e.flags, e.details = h.Status, r.Flags(), r.Details()
 	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS().ServerName
-	e.cluster, e.route = r.Cluster, r.Route
+	e.cluster, e.route, e.dryRun = r.Cluster, r.Route, h.DryRun
 	e.duration, e.service = r.Duration, h.ServiceTime
 	e.received, e.sent = r.Received.Load(), r.Sent.Load()
 	e.used = 0
@@ -166,6 +168,7 @@ func (e *entry) record() Record {
 		GRPCStatus:  string(e.get(grpcStatus)),
 		Flags:       e.flags,
 		Details:     e.details,
+		DryRun:      e.dryRun.String(),
 		Reason:      string(e.reason),
 		Failed:      e.failed,
 		Failure:     e.failure,
@@ -235,6 +238,7 @@ func Of(r *flow.Record) Record {
 		GRPCStatus:  string(r.HTTP.GRPCStatus),
 		Flags:       r.Flags(),
 		Details:     r.Details(),
+		DryRun:      r.HTTP.DryRun.String(),
 		Reason:      string(r.Reason),
 		Failed:      failure(r) != noFailure,
 		Failure:     r.TransportFailure,

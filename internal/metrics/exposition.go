@@ -322,6 +322,7 @@ func (m *Metrics) own(f *families, open [2][len(protocols)]int) {
 		unnamed.counts(d.unnamed.Load(), direction)
 		folded.counts(d.folded.Load(), direction)
 	}
+	m.dryRuns(f)
 }
 
 func (m *Metrics) fromSources(f *families) {

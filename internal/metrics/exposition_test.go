@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -64,6 +65,9 @@ func everythingWith(o Options) *Metrics {
 	r.Duration = 12500 * time.Microsecond
 	r.Received.Store(3)
 	r.Sent.Store(700)
+	r.OriginalDestination = netip.MustParseAddrPort("192.0.2.1:9080")
+	r.HTTP.DryRun = &flow.DryRun{Prefix: "istio_dry_run_deny_", Policy: "ns[prod]-policy[p]-rule[0]", Denied: true, Next: &flow.DryRun{
+		Prefix: "istio_dry_run_allow_", Next: &flow.DryRun{Prefix: "istio_ext_authz_", Denied: true}}}
 	m.Closed(r)
 	r = call(out, "ratings.prod.svc.cluster.local:9080", "14")
 	r.Duration = 2 * time.Hour
@@ -180,7 +184,7 @@ func TestNamesPassPromlint(t *testing.T) {
 		"envoy_cluster_upstream_rq_retry", "envoy_listener_http_downstream_rq", "envoy_cluster_manager_cds_update_rejected",
 		"envoy_cluster_manager_cds_update_success", "envoy_listener_manager_lds_update_rejected", "envoy_listener_manager_lds_update_success",
 		"istio_agent_istiod_connection_failures", "istio_agent_istiod_connection_terminations", "istio_agent_num_failed_outgoing_requests",
-		"istio_agent_num_outgoing_requests", "envoy_server_initialization_time_ms"}
+		"istio_agent_num_outgoing_requests", "envoy_server_initialization_time_ms", "envoy_http_inbound_0_0_0_0_9080_rbac"}
 	for _, p := range problems {
 		if !slices.Contains(given, p.Metric) {
 			t.Errorf("%s: %s", p.Metric, p.Text)

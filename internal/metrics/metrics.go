@@ -154,6 +154,9 @@ func (m *Metrics) progress(r *flow.Record) {
 // Closed counts an ended request or connection.
 func (m *Metrics) Closed(r *flow.Record) {
 	d := &m.directions[r.Direction]
+	if r.HTTP.DryRun != nil {
+		d.dryRun(r)
+	}
 	if r.IsRequest() {
 		d.request(r)
 	} else {

@@ -73,9 +73,12 @@ type direction struct {
 	unnamed     atomic.Uint64    // requests whose host has no place
 	folded      atomic.Uint64    // requests whose combination has no place
 
-	mu       sync.RWMutex        // over what follows
-	services map[string]*service // by destination
-	clusters map[string]*service // of a control plane, by their names
+	dryRuns dryRuns
+
+	mu          sync.RWMutex        // over what follows
+	dryRunPorts map[uint16]*dryRuns // of inbound requests
+	services    map[string]*service // by destination
+	clusters    map[string]*service // of a control plane, by their names
 
 	ofCluster func(cluster string) (host, name, namespace string) // nil: there is no control plane
 

@@ -35,6 +35,7 @@ func (c *Conn) Authorize() bool {
 		return true
 	}
 	subject := c.subject()
+	c.recordDryRuns(g.chain.Policies, &subject)
 	if policy, denied := authorize(g.chain.Policies, &subject); denied {
 		return c.abandon(flow.PolicyDenied, deniedBy(policy))
 	}
@@ -43,6 +44,20 @@ func (c *Conn) Authorize() bool {
 	}
 	g.asked, g.askedSecured = g.chain, g.secured
 	return c.authorizeByServers(g, &subject)
+}
+
+// recordDryRuns records the verdicts about a connection of policies that are not enforced, without those that select
+// connections for external authorization.
+func (c *Conn) recordDryRuns(policies []mesh.NetworkFilter, s *authz.Subject) {
+	var dry shadows
+	for i := range policies {
+		if r := policies[i].RBAC; r != nil && strings.HasPrefix(r.ShadowPrefix, flow.DryRunPrefix) {
+			dry.add(r, s)
+		}
+	}
+	if len(dry.list) > 0 {
+		c.Record.SetDryRun(dry.dryRun())
+	}
 }
 
 // authorizeByServers asks the servers of a chain's policies about the connection.

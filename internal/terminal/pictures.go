@@ -426,5 +426,8 @@ func whatOf(r *live.Record) string {
 	if strings.HasPrefix(r.Cluster, r.Direction+"|") && r.Direction == "outbound" {
 		what += " → " + strings.Join(filled(r.Cluster, prefixed("route ", r.Route), r.Upstream), ", ")
 	}
+	if r.DryRun != "" {
+		what += " (dry run: " + r.DryRun + ")"
+	}
 	return what
 }

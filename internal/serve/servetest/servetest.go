@@ -87,6 +87,7 @@ type Ended struct {
 	Cluster, Route, Flags                                  string
 	Details                                                string // of a request
 	ServerName                                             string
+	DryRun                                                 string
 }
 
 // Closed implements flow.Sink.
@@ -94,14 +95,14 @@ func (r *Rig) Closed(record *flow.Record) {
 	if r.discard.Load() {
 		return
 	}
-	details := ""
+	details, dry := "", ""
 	if record.HTTP != nil {
-		details = record.HTTP.Details
+		details, dry = record.HTTP.Details, record.HTTP.DryRun.String()
 	}
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(),
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(), dry,
 	}
 }
 
