@@ -78,6 +78,13 @@ var attacks = []attack{
 
 const shortForm = 4000
 
+// shorter has attacks with fewer connections in the short form: each is a handshake or a download, also for the race detector.
+var shorter = map[string]int{
+	"unfinished records at a gateway":       1000,
+	"stalled downloads, routed over HTTP/2": 30,
+	"stalled downloads at a gateway":        200,
+}
+
 // runAttack attacks until its standard input ends. It prints "ready" when every connection has been at its worst. pause is
 // the time before a connection that the agent has ended is opened again, and most the largest number of connections.
 func runAttack(name, pause, most string) {
