@@ -37,7 +37,7 @@ func (c *dryRuns) count(r *flow.Record) {
 // dryRun counts the verdicts of a record, and those about inbound requests by their port as well.
 func (d *direction) dryRun(r *flow.Record) {
 	d.dryRuns.count(r)
-	if !r.IsRequest() || r.Direction != flow.Inbound {
+	if !r.IsRequest() || r.Direction != flow.Inbound || r.HTTP.DryRun.Enforced != "" {
 		return
 	}
 	port := r.OriginalDestination.Port()
