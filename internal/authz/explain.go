@@ -163,15 +163,18 @@ func (c *condition) found(s *Subject) string {
 		if isSecret(c.Header.Name) {
 			return "header " + c.Header.Name + ", whose value is not shown,"
 		}
-		return "header " + c.Header.Name + " " + quoted(string(value))
+		return "header " + c.Header.Name + " " + quoted(head(value))
 	case mesh.ConditionMetadata:
 		return "metadata " + c.Metadata.Filter + "/" + strings.Join(c.Metadata.Path, ".")
 	}
-	return "path " + quoted(string(pathOnly(s.Request.Path)))
+	return "path " + quoted(head(pathOnly(s.Request.Path)))
 }
 
 // quoted returns the beginning of a text in quotes.
 func quoted(text string) string { return strconv.Quote(cut(text, maxShown)) }
+
+// head returns as much of a value as quoted looks at.
+func head(value []byte) string { return string(value[:min(len(value), maxShown+1)]) }
 
 // isSecret reports whether a header field may have a credential.
 func isSecret(name string) bool {

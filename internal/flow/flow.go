@@ -232,16 +232,19 @@ type DryRun struct {
 	Denied bool
 	Next   *DryRun // that of a later filter; nil: there is none
 
-	// Enforced explains a denial, a line for each policy. Only the last verdict may have it. Its Prefix is empty then.
+	// Enforced explains a denial by policies that are enforced, a line for each. One verdict has it at most. Its Prefix is
+	// empty.
 	Enforced string
 }
 
-// Explanation returns the last verdict's Enforced. d may be nil.
-func (d *DryRun) Explanation() (text string) {
+// Explanation returns the Enforced of the verdict that has it; empty: there is none. d may be nil.
+func (d *DryRun) Explanation() string {
 	for ; d != nil; d = d.Next {
-		text = d.Enforced
+		if d.Enforced != "" {
+			return d.Enforced
+		}
 	}
-	return text
+	return ""
 }
 
 // DryRunPrefix begins the prefixes of policies with istio.io/dry-run. The action follows, and an underscore.

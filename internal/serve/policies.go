@@ -63,6 +63,19 @@ func (c *Conn) recordVerdicts(policies []mesh.NetworkFilter, s *authz.Subject, d
 	}
 }
 
+// explainDenial explains the denial of a connection that was carried. The connection leaves the table first, because its
+// readers read the record.
+func (c *Conn) explainDenial(explain func(*shadows)) {
+	var l shadows
+	if explain(&l); l.denial == "" {
+		return
+	}
+	c.role.flows.Leave(c.Record)
+	verdict := l.dryRun()
+	verdict.Next = c.Record.HTTP.DryRun
+	c.Record.SetDryRun(verdict)
+}
+
 // authorizeByServers asks the servers of a chain's policies about the connection.
 func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
 	var shadows shadows
