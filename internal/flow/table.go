@@ -48,7 +48,7 @@ func NewTable(sinks ...Sink) *Table {
 	return t
 }
 
-// Followed reports whether somebody follows records as they close: explanations are made only then.
+// Followed reports whether a reader follows records as they close: explanations are made only then.
 func (t *Table) Followed() bool {
 	return slices.ContainsFunc(t.watched, watched.Followed)
 }

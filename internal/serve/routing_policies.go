@@ -26,7 +26,7 @@ func (r *routing) admit(s *mesh.Snapshot, chain *mesh.FilterChain) {
 	}
 }
 
-// explain explains that a policy of connections refuses the requests of the connection; nil: it does not, or nobody asks.
+// explain explains that a policy of connections refuses the requests of the connection; nil: it does not, or records are not followed.
 func (r *routing) explain() *flow.DryRun {
 	if r.refused.Reason != flow.PolicyDenied || !r.role.flows.Followed() {
 		return nil

@@ -32,7 +32,7 @@ func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
 	}
 }
 
-// explain explains the denial by one of policies, if somebody follows records. role may be nil.
+// explain explains the denial by one of policies, if records are followed. role may be nil.
 func (l *shadows) explain(role *Role, s *authz.Subject, policies ...mesh.NetworkFilter) {
 	if role == nil || !role.flows.Followed() {
 		return
