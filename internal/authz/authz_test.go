@@ -22,8 +22,8 @@ func (f fields) At(i int) (name, value []byte) {
 // claims is metadata that has the text of a claim.
 type claims map[string]string
 
-func (c claims) Match(m *mesh.MetadataMatcher) bool {
-	return (m.Value.Text.Text == c[strings.Join(m.Path, ".")]) != m.Invert
+func (c claims) Match(m *mesh.MetadataMatcher) value {
+	return truth((m.Value.Text.Text == c[strings.Join(m.Path, ".")]) != m.Invert)
 }
 
 func request() *Subject {

@@ -429,7 +429,7 @@ func (c client) Len() int { return len(c.header) }
 func (c client) At(i int) (name, value []byte) { return []byte(c.header[i][0]), []byte(c.header[i][1]) }
 
 // Match implements authz.Metadata.
-func (c client) Match(m *mesh.MetadataMatcher) bool {
+func (c client) Match(m *mesh.MetadataMatcher) match.Value {
 	if m.Filter != "envoy.filters.http.jwt_authn" {
 		return match.Metadata(nil).Match(m)
 	}
