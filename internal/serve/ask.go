@@ -115,7 +115,7 @@ func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *qu
 	case r.callouts == nil:
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNobodyAsks)})
 		asked.finish()
-	case e.PeerCert && q.SourceName != "" && q.Certificate == "":
+	case e.PeerCert && q.Certified && q.Certificate == "":
 		r.asking.failed.Add(1)
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNoCertificate)})
 		asked.finish()
@@ -390,7 +390,7 @@ func (g *gate) question(r *httpforward.Request, body *mesh.AuthzBody, settings *
 func connectionQuestion(role *Role, s *authz.Subject, record *flow.Record) *extauthz.Question {
 	q := &extauthz.Question{Source: record.Downstream, Destination: s.Destination, ServerName: s.ServerName, At: time.Now()}
 	if len(s.Names) > 0 {
-		q.SourceName = s.Names[0]
+		q.Certified, q.SourceName = true, s.Names[0] // that is empty if the certificate has neither names nor a subject
 		if tls := record.SecurityOf(flow.Inbound); tls != nil && tls.PeerCertificate != nil {
 			q.Certificate = tls.PeerCertificate.PEM
 		}
