@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/jwt"
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
@@ -244,7 +245,7 @@ func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.Chec
 	switch {
 	case e.Refused:
 		return route.Refused, nil
-	case e.Shadow, e.When != nil && !g.Match(e.When):
+	case e.Shadow, e.When != nil && g.Match(e.When) == match.No:
 		return nil, nil
 	}
 	before, _ := r.Check.(*question)
