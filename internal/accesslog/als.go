@@ -1,11 +1,13 @@
 package accesslog
 
 import (
+	"math/bits"
 	"slices"
 	"sort"
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/wire"
@@ -86,20 +88,20 @@ func (e *alsEntry) appendCommon(b []byte, r *flow.Record, lasted time.Duration) 
 	return numberField(b, 33, uint64(typeOf(r)))
 }
 
-// alsFlags are the numbers of flags in ResponseFlags, from 1.
-var alsFlags = strings.Split("LH,UH,UT,LR,UR,UF,UC,UO,NR,DI,FI,RL,UAEX,RLSE,DC,URX,SI,IH,DPE,UMSDR,RFCF,NFCF,DT,UPE,NC,OM,DF,DR", ",")
-
 // alsUnauthorized is the one flag that is a message: it has a reason, that an external service denies the request.
 const alsUnauthorized = 13
 
+// alsReset is the number of downstream's reset. Envoy's bit of drops by load, before it, has no field.
+const alsReset = 28
+
+// appendFlags appends a message ResponseFlags. Its fields have the order of Envoy's bits, from 1.
 func appendFlags(b []byte, field int, flags string) []byte {
 	start := len(b)
-	for flag := range strings.SplitSeq(flags, ",") {
-		switch n := slices.Index(alsFlags, flag) + 1; n {
-		case 0:
-		case alsUnauthorized:
+	for left := uint64(envoy.FlagBits(flags)); left != 0; left &= left - 1 {
+		n := min(bits.TrailingZeros64(left)+1, alsReset)
+		if n == alsUnauthorized {
 			b = wire.AppendBytes(b, n, []byte{1 << 3, 1})
-		default:
+		} else {
 			b = numberField(b, n, 1)
 		}
 	}
