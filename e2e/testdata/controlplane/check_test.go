@@ -157,7 +157,7 @@ func TestAnswersOfAServerAreRead(t *testing.T) {
 	ask := func() *extauthz.Answer {
 		t.Helper()
 		e := &mesh.ExtAuthz{StatusOnError: http.StatusServiceUnavailable, GRPC: &mesh.GRPCService{Cluster: "c", Timeout: time.Minute}}
-		a := extauthz.Ask(t.Context(), client, e, &extauthz.Question{Request: &extauthz.Request{}})
+		a := extauthz.Ask(t.Context(), client, e, &extauthz.Question{Request: &extauthz.Request{Path: "/"}})
 		<-d.asked
 		return a
 	}
