@@ -93,7 +93,8 @@ func TestChangingFilesStayWithinTheLimit(t *testing.T) {
 			t.Fatalf("file %d is refused: %s", i, log.buf.String())
 		}
 		s.Keep(configured())
-		nettest.Eventually(t, "the file is closed", func() bool { return !isOpen(t, one.Path) })
+		w := s.files[one.Path]
+		nettest.Eventually(t, "the file is closed", func() bool { return w.forget() && !isOpen(t, one.Path) })
 	}
 	if n := len(s.each()); n > maxGone+1 {
 		t.Errorf("%d files are kept", n)

@@ -233,7 +233,10 @@ func crowded[T any](s *Sinks, all map[string]T, key, target string) bool {
 	if s.gone(key) {
 		limit = maxGone
 	}
-	if n < limit && len(all) < maxGone+maxFiles {
+	if len(all) >= maxGone+maxFiles {
+		n, limit = len(all), maxGone+maxFiles // gone ones are busy still
+	}
+	if n < limit {
 		return false
 	}
 	s.Log.Error("too many access logs", "path", target, "limit", limit)
