@@ -138,16 +138,16 @@ const refusal = time.Second
 func (s *StreamSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
-	first := s.stream == nil
+	first, head := s.stream == nil, []byte(nil)
 	if first {
 		stream, err := s.Client.Stream(context.Background(), s.Method)
 		if err != nil {
 			return nil, &Temporary{Err: err}
 		}
-		s.stream, request = stream, append(s.First[:len(s.First):len(s.First)], request...)
+		s.stream, head = stream, s.First
 	}
 	stop := context.AfterFunc(ctx, s.stream.Close) // which ends Send
-	err := s.stream.Send(request)
+	err := s.stream.SendParts(head, request)
 	if deadline, _ := ctx.Deadline(); first && err == nil {
 		err = s.stream.Refused(ctx, min(cmp.Or(s.refusal, refusal), time.Until(deadline)/4))
 	}
