@@ -1,14 +1,12 @@
 package export
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -56,18 +54,16 @@ func TestABatchIsSentAgainAfterTheEndOfAStream(t *testing.T) {
 		io.ReadFull(r.Body, make([]byte, len("batch")))
 		w.Header().Set("Grpc-Status", "16")
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), nettest.Patience)
-	defer cancel()
-	var err error
-	for n := 0; err == nil; n++ { // what follows the first batch may be taken while the stream ends
-		if _, err = s.Send(ctx, []byte("batch")); n == 0 && err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Millisecond)
+	if _, err := s.Send(t.Context(), []byte("batch")); err != nil {
+		t.Fatal(err)
 	}
 	var temporary *Temporary
-	if !errors.As(err, &temporary) || ctx.Err() != nil {
-		t.Errorf("error %#v, want a temporary one", err)
-	}
-	s.Close(ctx)
+	nettest.Eventually(t, "a temporary error", func() bool { // a batch may be taken while the stream ends
+		_, err := s.Send(t.Context(), []byte("batch"))
+		if err != nil && !errors.As(err, &temporary) {
+			t.Fatalf("error %v is not temporary", err)
+		}
+		return err != nil
+	})
+	s.Close(t.Context())
 }

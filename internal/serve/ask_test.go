@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/callout"
@@ -126,5 +127,26 @@ func TestQuestionsAreHeldInTheBudget(t *testing.T) {
 	}
 	if held := memory.Used(); held != 0 {
 		t.Errorf("after all questions, %d bytes are held", held)
+	}
+}
+
+// The certificate of an older connection is not known. A server that sees certificates would take it for a client without one, also
+// if the certificate has neither names nor a subject.
+func TestACertificateThatIsNotKnownIsNotShownAsNone(t *testing.T) {
+	role, e := askingRole(t, budget.New(1<<20))
+	role.mesh = &inForce{}
+	e.PeerCert = true
+	for _, c := range []struct {
+		names []string
+		fails bool
+	}{{nil, false}, {[]string{""}, true}, {[]string{"spiffe://a"}, true}} {
+		about := connectionQuestion(role, &authz.Subject{Names: c.names}, &flow.Record{})
+		about.Request = &extauthz.Request{Method: "GET", Host: "a", Path: "/"}
+		q := role.ask(e, about, nil)
+		q.Cancel()
+		ended(t, q)
+		if a := q.answer(e); !a.Denied || errors.Is(a.Err, errNoCertificate) != c.fails {
+			t.Errorf("names %q: %+v", c.names, a)
+		}
 	}
 }

@@ -35,8 +35,8 @@ func (c *Conn) Authorize() bool {
 		return true
 	}
 	subject := c.subject()
-	c.recordDryRuns(g.chain.Policies, &subject)
-	if policy, denied := authorize(g.chain.Policies, &subject); denied {
+	policy, denied := authorize(g.chain.Policies, &subject)
+	if c.recordVerdicts(g.chain.Policies, &subject, denied); denied {
 		return c.abandon(flow.PolicyDenied, deniedBy(policy))
 	}
 	if g.asked == g.chain && g.askedSecured == g.secured {
@@ -46,18 +46,34 @@ func (c *Conn) Authorize() bool {
 	return c.authorizeByServers(g, &subject)
 }
 
-// recordDryRuns records the verdicts about a connection of policies that are not enforced, without those that select
-// connections for external authorization.
-func (c *Conn) recordDryRuns(policies []mesh.NetworkFilter, s *authz.Subject) {
+// recordVerdicts records the verdicts about a connection of policies that are not enforced, without those that select
+// connections for external authorization, and explains that others have denied it.
+func (c *Conn) recordVerdicts(policies []mesh.NetworkFilter, s *authz.Subject, denied bool) {
 	var dry shadows
+	if denied {
+		dry.explain(c.role, s, policies...)
+	}
 	for i := range policies {
 		if r := policies[i].RBAC; r != nil && strings.HasPrefix(r.ShadowPrefix, flow.DryRunPrefix) {
 			dry.add(r, s)
 		}
 	}
-	if len(dry.list) > 0 {
-		c.Record.SetDryRun(dry.dryRun())
+	if verdicts := dry.dryRun(); verdicts != nil {
+		c.Record.SetDryRun(verdicts)
 	}
+}
+
+// explainDenial explains the denial of a connection that was carried. The connection leaves the table first, because its
+// readers read the record.
+func (c *Conn) explainDenial(explain func(*shadows)) {
+	var l shadows
+	if explain(&l); l.denial == "" {
+		return
+	}
+	c.role.flows.Leave(c.Record)
+	verdict := l.dryRun()
+	verdict.Next = c.Record.HTTP.DryRun
+	c.Record.SetDryRun(verdict)
 }
 
 // authorizeByServers asks the servers of a chain's policies about the connection.
@@ -74,7 +90,7 @@ func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
 			continue
 		case e.Refused:
 			return c.abandon(flow.MeshRefused, errRefusedServer)
-		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When)):
+		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When) != match.No):
 			continue
 		}
 		denial, ok := c.askAbout(e, s)
@@ -224,7 +240,7 @@ const (
 )
 
 // Match implements authz.Metadata, for what the filters so far have left.
-func (g *gate) Match(m *mesh.MetadataMatcher) bool {
+func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 	switch m.Filter {
 	case jwtFilter:
 		return g.claims.Match(m)
@@ -255,6 +271,7 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 	}
 	g.shadows.add(rbac, &g.subject)
 	if v := policy.Judge(&g.subject); v.Denied {
+		g.shadows.explain(g.role, &g.subject, mesh.NetworkFilter{RBAC: rbac})
 		return denial(v.Matched)
 	}
 	return nil

@@ -11,7 +11,10 @@ import (
 
 // shadows are the verdicts of policies that are not enforced. Policies of external authorization are such: a filter asks a
 // server if one of them matches.
-type shadows struct{ list []authz.Shadow }
+type shadows struct {
+	list   []authz.Shadow
+	denial string // why policies that are enforced have denied, while records are followed; see flow.DryRun
+}
 
 // The names of the verdicts in metadata, behind the prefix of a policy.
 const (
@@ -29,11 +32,27 @@ func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
 	}
 }
 
+// explain explains the denial by one of policies, if records are followed. role may be nil.
+func (l *shadows) explain(role *Role, s *authz.Subject, policies ...mesh.NetworkFilter) {
+	if role == nil || !role.flows.Followed() {
+		return
+	}
+	for i := range policies {
+		if r := policies[i].RBAC; r != nil && authz.Of(r).Judge(s).Denied {
+			l.denial = authz.Of(r).Denial(s)
+			return
+		}
+	}
+}
+
 // clear drops the verdicts.
-func (l *shadows) clear() { l.list = l.list[:0] }
+func (l *shadows) clear() { l.list, l.denial = l.list[:0], "" }
 
 // dryRun returns the verdicts for a record; nil: there are none.
 func (l *shadows) dryRun() (first *flow.DryRun) {
+	if l.denial != "" {
+		first = &flow.DryRun{Denied: true, Enforced: l.denial}
+	}
 	for i := len(l.list) - 1; i >= 0; i-- {
 		s := &l.list[i]
 		first = &flow.DryRun{Prefix: s.Prefix, Policy: s.Matched, Denied: s.Denied, Next: first}
@@ -41,9 +60,8 @@ func (l *shadows) dryRun() (first *flow.DryRun) {
 	return first
 }
 
-// match reports whether a verdict matches. One by rules that are not understood may be any, and matches: a filter that looks
-// at it asks a server then.
-func (l *shadows) match(m *mesh.MetadataMatcher) bool {
+// match compares a verdict. One by rules that are not understood may be any: a filter that looks at it asks a server then.
+func (l *shadows) match(m *mesh.MetadataMatcher) match.Value {
 	key := ""
 	if len(m.Path) == 1 {
 		key = m.Path[0]
@@ -54,7 +72,7 @@ func (l *shadows) match(m *mesh.MetadataMatcher) bool {
 		switch {
 		case !ok || name != shadowPolicy && name != shadowResult:
 		case shadow.Refused:
-			return true
+			return match.Unknown
 		case name == shadowPolicy:
 			return match.MatchText(m, shadow.Matched, shadow.Matched != "")
 		default:
