@@ -44,6 +44,7 @@ type Log struct {
 	writer   *writer
 	entry    encoder          // of a service, instead of format and writer; nil: a file
 	service  *export.Exporter // of entry
+	pushes   uint64           // of Sinks, when it was compiled
 
 	looked time.Time // time of the last call of Progress; not used elsewhere
 }

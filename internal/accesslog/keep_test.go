@@ -89,11 +89,12 @@ func TestChangingFilesStayWithinTheLimit(t *testing.T) {
 	for i := range 3 * maxGone {
 		one := mesh.AccessLog{Path: filepath.Join(directory, fmt.Sprint(i)), Text: "line"}
 		s.Keep(configured(one))
-		if len(s.Of([]mesh.AccessLog{one})) != 1 {
+		if taken(s.Of([]mesh.AccessLog{one})) != 1 {
 			t.Fatalf("file %d is refused: %s", i, log.buf.String())
 		}
 		s.Keep(configured())
-		nettest.Eventually(t, "the file is closed", func() bool { return !isOpen(t, one.Path) })
+		w := s.files[one.Path]
+		nettest.Eventually(t, "the file is closed", func() bool { return w.forget() && !isOpen(t, one.Path) })
 	}
 	if n := len(s.each()); n > maxGone+1 {
 		t.Errorf("%d files are kept", n)
@@ -105,9 +106,6 @@ func TestChangingFilesStayWithinTheLimit(t *testing.T) {
 
 // Services are kept and let go like files. Equal services share an exporter.
 func TestServicesThatAreNotConfiguredAnyMoreAreLetGo(t *testing.T) {
-	log := func(name string) mesh.AccessLog {
-		return mesh.AccessLog{Service: &mesh.LogService{Kind: mesh.HTTPLogs, Name: name, To: mesh.Receiver{GRPC: &mesh.GRPCService{Cluster: "c"}}}}
-	}
 	problems := &logBuffer{}
 	s := &Sinks{
 		Noted: flow.NewNoted(flow.Fields{}), Log: problems.logger(),
@@ -115,9 +113,9 @@ func TestServicesThatAreNotConfiguredAnyMoreAreLetGo(t *testing.T) {
 	}
 	for i := range 3 * maxGone {
 		name := fmt.Sprint(i)
-		s.Keep(configured(log(name)))
+		s.Keep(configured(serviceLog(name)))
 		for range 2 {
-			if sinks := s.Of([]mesh.AccessLog{log(name)}); len(sinks) != 1 {
+			if taken(s.Of([]mesh.AccessLog{serviceLog(name)})) != 1 {
 				t.Fatalf("service %d is refused: %s", i, problems.buf.String())
 			}
 		}
@@ -170,5 +168,70 @@ func TestFilesAndServicesAreClosedAtTheSameTime(t *testing.T) {
 	}
 	if written, lost := s.Counts(); written != 2 || lost != 0 {
 		t.Errorf("%d records written, %d lost", written, lost)
+	}
+}
+
+// serviceLog is a log of a service that differs from others by its name.
+func serviceLog(name string) mesh.AccessLog {
+	return mesh.AccessLog{Service: &mesh.LogService{Kind: mesh.HTTPLogs, Name: name, To: mesh.Receiver{GRPC: &mesh.GRPCService{Cluster: "c"}}}}
+}
+
+// Connections that began before pushes cannot open files and services without a limit, nor take the places of those that are
+// configured.
+func TestWhatIsNotConfiguredAnyMoreIsBounded(t *testing.T) {
+	directory := t.TempDir()
+	s := &Sinks{
+		Noted: flow.NewNoted(flow.Fields{}), Log: (&logBuffer{}).logger(),
+		Transport: func(string, bool) http.RoundTripper { return refusing{} },
+	}
+	both := func(name string) []mesh.AccessLog {
+		return []mesh.AccessLog{{Path: filepath.Join(directory, name), Text: "line"}, serviceLog(name)}
+	}
+	s.Keep(configured(both("kept")...))
+	for i := range 2 * maxGone {
+		s.Of(both(fmt.Sprint(i)))
+	}
+	if files, services := len(s.files), len(s.services); files != maxGone || services != maxGone {
+		t.Errorf("%d files and %d services, want %d", files, services, maxGone)
+	}
+	if n := taken(s.Of(both("kept"))); n != 2 {
+		t.Errorf("%d of 2 configured logs are taken", n)
+	}
+	if err := s.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A log that was refused is written as soon as a push has made room.
+func TestARefusedLogIsTakenLater(t *testing.T) {
+	directory := t.TempDir()
+	log := &logBuffer{}
+	s := &Sinks{
+		Noted: flow.NewNoted(flow.Fields{}), Log: log.logger(),
+		Transport: func(string, bool) http.RoundTripper { return refusing{} },
+	}
+	var logs []mesh.AccessLog
+	for i := range maxFiles + 1 {
+		logs = append(logs, mesh.AccessLog{Path: filepath.Join(directory, fmt.Sprint(i)), Text: "line"}, serviceLog(fmt.Sprint(i)))
+	}
+	sinks := s.Of(logs)
+	last := len(logs) - 2
+	for range 3 {
+		s.Of(logs)
+		sinks[last].Closed(request(flow.Inbound, flow.Completed))
+	}
+	if n := log.count("too many access logs"); n != 2 || taken(sinks) != last {
+		t.Errorf("%d logs are taken, and %d refusals are logged", taken(sinks), n)
+	}
+	s.Keep(configured(logs[2:]...))
+	sinks[last].Closed(request(flow.Inbound, flow.Completed)) // of a connection that met the listener before
+	if n := taken(s.Of(logs[last:])); n != 2 {
+		t.Errorf("%d of 2 logs are taken", n)
+	}
+	if err := s.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := read(t, logs[last].Path); got != "line\n" {
+		t.Errorf("the file has %q", got)
 	}
 }

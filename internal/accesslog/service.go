@@ -109,7 +109,7 @@ func (s *Sinks) exporter(name string, config export.Config) *export.Exporter {
 	if s.services == nil {
 		s.services = map[string]*export.Exporter{}
 	}
-	if s.crowded(true, config.Target) {
+	if crowded(s, s.services, name, config.Target) {
 		return nil
 	}
 	e := export.New(config)

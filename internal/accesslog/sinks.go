@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/cel"
@@ -35,6 +36,7 @@ type Sinks struct {
 	CloseTime time.Duration // as in export.Config
 
 	counts export.Counts // of all services
+	pushes atomic.Uint64 // calls of Keep
 
 	mu       sync.Mutex
 	files    map[string]*writer
@@ -60,23 +62,46 @@ func (s *Sinks) Of(logs []mesh.AccessLog) (sinks []flow.Sink) {
 		return nil
 	}
 	for i := range logs {
-		compiled, ok := logs[i].Compiled.Load().(*Log)
-		if !ok {
-			compiled = s.compile(&logs[i])
-			if !logs[i].Compiled.CompareAndSwap(nil, compiled) {
-				compiled = logs[i].Compiled.Load().(*Log)
-			}
-		}
-		if compiled.writer != nil || compiled.service != nil {
-			sinks = append(sinks, compiled)
+		if l := s.log(&logs[i]); l.refused() {
+			sinks = append(sinks, waiting{s, &logs[i]})
+		} else {
+			sinks = append(sinks, l)
 		}
 	}
 	return sinks
 }
 
+// log returns the log that c configures. A refused one is compiled again after each push, which may have made room.
+func (s *Sinks) log(c *mesh.AccessLog) *Log {
+	before := c.Compiled.Load()
+	if l, ok := before.(*Log); ok && (!l.refused() || l.pushes == s.pushes.Load()) {
+		return l
+	}
+	if l := s.compile(c); c.Compiled.CompareAndSwap(before, l) {
+		return l
+	}
+	return c.Compiled.Load().(*Log)
+}
+
+// waiting is a log that was refused when its sinks were made. Records are lost until there is room for it.
+type waiting struct {
+	sinks *Sinks
+	log   *mesh.AccessLog
+}
+
+// Closed implements flow.Sink.
+func (w waiting) Closed(r *flow.Record) {
+	if l := w.sinks.log(w.log); !l.refused() {
+		l.Closed(r)
+	}
+}
+
+// refused reports whether there were too many files or services.
+func (l *Log) refused() bool { return l.writer == nil && l.service == nil }
+
 // compile returns the log that c configures. An operator that is not understood is logged, and has no value.
 func (s *Sinks) compile(c *mesh.AccessLog) *Log {
-	l := &Log{lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now()}
+	l := &Log{lines: sync.Pool{New: func() any { return new(line) }}, looked: time.Now(), pushes: s.pushes.Load()}
 	to, problems := c.Path, []error(nil)
 	if c.Service != nil {
 		to, problems = s.serve(l, c.Service)
@@ -185,7 +210,7 @@ func (s *Sinks) writer(path string) *writer {
 	if s.files == nil {
 		s.files = map[string]*writer{}
 	}
-	if s.crowded(false, path) {
+	if crowded(s, s.files, path, path) {
 		return nil
 	}
 	w := startWriter(path, 0, s.Log, nil)
@@ -197,23 +222,24 @@ func (s *Sinks) writer(path string) *writer {
 // gone reports whether a file or service is not configured any more. s.mu is held.
 func (s *Sinks) gone(key string) bool { return s.kept != nil && !s.kept[key] }
 
-// crowded reports whether there are too many files, or services, for another one. s.mu is held.
-func (s *Sinks) crowded(services bool, target string) bool {
-	n := 0
-	for path := range s.files {
-		if !services && !s.gone(path) {
+// crowded reports whether there is no room for another file, or service. s.mu is held.
+func crowded[T any](s *Sinks, all map[string]T, key, target string) bool {
+	n, limit := 0, maxFiles
+	for other := range all {
+		if s.gone(other) == s.gone(key) {
 			n++
 		}
 	}
-	for name := range s.services {
-		if services && !s.gone(name) {
-			n++
-		}
+	if s.gone(key) {
+		limit = maxGone
 	}
-	if n < maxFiles {
+	if len(all) >= maxGone+maxFiles {
+		n, limit = len(all), maxGone+maxFiles // gone ones are busy still
+	}
+	if n < limit {
 		return false
 	}
-	s.Log.Error("too many access logs", "path", target, "limit", maxFiles)
+	s.Log.Error("too many access logs", "path", target, "limit", limit)
 	return true
 }
 
@@ -240,6 +266,7 @@ func (s *Sinks) Keep(configured iter.Seq[[]mesh.AccessLog]) {
 		return
 	}
 	s.kept = kept
+	s.pushes.Add(1)
 	for path, w := range s.files {
 		gone := s.gone(path)
 		if w.park(gone); gone && len(s.files) > maxGone && w.forget() {

@@ -176,6 +176,16 @@ func TestLogsOfAControlPlaneShareFiles(t *testing.T) {
 	}
 }
 
+// taken counts the sinks that are not refused.
+func taken(sinks []flow.Sink) (n int) {
+	for _, s := range sinks {
+		if _, ok := s.(*Log); ok {
+			n++
+		}
+	}
+	return n
+}
+
 func TestFilesOfAControlPlaneAreBounded(t *testing.T) {
 	var log logBuffer
 	directory := t.TempDir()
@@ -186,7 +196,7 @@ func TestFilesOfAControlPlaneAreBounded(t *testing.T) {
 		if i == 0 {
 			path = directory // cannot be written
 		}
-		written += len(s.Of([]mesh.AccessLog{{Path: path, Text: "x"}}))
+		written += taken(s.Of([]mesh.AccessLog{{Path: path, Text: "x"}}))
 	}
 	if err := s.Close(t.Context()); err != nil {
 		t.Error(err)

@@ -48,8 +48,8 @@ type StoreConfig struct {
 	// call the store, except for Snapshot. It may be nil.
 	Bound func()
 
-	// Listeners is called when other listeners are in force, after the first configuration. It must not call the store. It may be
-	// nil.
+	// Listeners is called before other listeners are in force, after the first configuration. It must not call the store, except
+	// for Snapshot. It may be nil.
 	Listeners func(*mesh.Snapshot)
 
 	// MaxBytes bounds the resources in sum. Resources beyond it are rejected. 0: 64 MiB.
@@ -574,12 +574,12 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 	switch before := s.snapshot.Load(); {
 	case before != nil:
 		if changed {
+			if s.config.Listeners != nil && edit.ListenersChanged() {
+				s.config.Listeners(snapshot)
+			}
 			s.snapshot.Store(snapshot)
 			if s.config.Bound != nil && snapshot.BoundChanged(before) {
 				s.config.Bound()
-			}
-			if s.config.Listeners != nil && edit.ListenersChanged() {
-				s.config.Listeners(snapshot)
 			}
 		}
 	case s.complete(now):

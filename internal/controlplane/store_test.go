@@ -884,6 +884,29 @@ func TestRefusedEndpointsAreNotUsed(t *testing.T) {
 	r.want("web=192.0.2.10")
 }
 
+// What follows the listeners has followed when connections meet the next ones.
+func TestListenersAreReportedBeforeTheyAreInForce(t *testing.T) {
+	var s *Store
+	reported := 0
+	s, err := NewStore(StoreConfig{Log: slog.New(slog.DiscardHandler), Listeners: func(next *mesh.Snapshot) {
+		reported++
+		if s.Snapshot() == next {
+			t.Error("the listeners are in force before they are reported")
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Update(update(xds.Clusters, cluster("web", "web", "1")))
+	s.Update(update(xds.Endpoints, assignment("web", "192.0.2.1")))
+	for _, mark := range []string{"1", "2", "3"} {
+		s.Update(update(xds.Listeners, tcpListener("virtualInbound", "web", mark)))
+	}
+	if reported != 2 {
+		t.Errorf("reported %d times, want 2", reported)
+	}
+}
+
 // Another inbound listener is told of once it is in force, and the same one is not.
 func TestAnotherInboundListenerIsReported(t *testing.T) {
 	reported := 0

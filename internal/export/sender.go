@@ -99,18 +99,23 @@ func (s *GRPCSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
 	response, err := s.Client.Call(ctx, s.Method, request)
+	if err != nil {
+		return nil, refusalOf(err)
+	}
+	return response, nil
+}
+
+// refusalOf returns the error of a call, as a *Temporary unless the server has refused the batch for good.
+func refusalOf(err error) error {
 	var status *grpcwire.Error
-	switch {
-	case err == nil:
-		return response, nil
-	case !errors.As(err, &status):
-		return nil, &Temporary{Err: err}
+	if !errors.As(err, &status) {
+		return &Temporary{Err: err}
 	}
 	switch status.Code { // OTLP §Failures. ResourceExhausted would need a delay that the receiver names
 	case envoy.GRPCCanceled, envoy.GRPCDeadlineExceeded, envoy.GRPCAborted, envoy.GRPCOutOfRange, envoy.GRPCUnavailable, envoy.GRPCDataLoss:
-		return nil, &Temporary{Err: err}
+		return &Temporary{Err: err}
 	}
-	return nil, err
+	return err
 }
 
 // Close implements Sender.
@@ -122,7 +127,8 @@ type StreamSender struct {
 	GRPCSender
 	First []byte // fields of the first message of each stream, before those of the batch
 
-	stream *grpcwire.Stream // nil: not open
+	stream  *grpcwire.Stream // nil: not open
+	refusal time.Duration    // 0: that of the constant
 }
 
 // refusal is how long a receiver has to refuse a new stream before a batch counts as sent.
@@ -132,18 +138,18 @@ const refusal = time.Second
 func (s *StreamSender) Send(ctx context.Context, request []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.Timeout)
 	defer cancel()
-	first := s.stream == nil
+	first, head := s.stream == nil, []byte(nil)
 	if first {
 		stream, err := s.Client.Stream(context.Background(), s.Method)
 		if err != nil {
 			return nil, &Temporary{Err: err}
 		}
-		s.stream, request = stream, append(s.First[:len(s.First):len(s.First)], request...)
+		s.stream, head = stream, s.First
 	}
 	stop := context.AfterFunc(ctx, s.stream.Close) // which ends Send
-	err := s.stream.Send(request)
+	err := s.stream.SendParts(head, request)
 	if deadline, _ := ctx.Deadline(); first && err == nil {
-		err = s.stream.Refused(ctx, min(refusal, time.Until(deadline)/4))
+		err = s.stream.Refused(ctx, min(cmp.Or(s.refusal, refusal), time.Until(deadline)/4))
 	}
 	if err != nil && ctx.Err() == nil { // the stream has ended: with a status, if the server has sent one
 		if _, reason := s.stream.Receive(); reason != nil && reason != io.EOF {
@@ -155,7 +161,10 @@ func (s *StreamSender) Send(ctx context.Context, request []byte) ([]byte, error)
 	}
 	s.stream.Close()
 	s.stream = nil
-	return nil, &Temporary{Err: cmp.Or(err, ctx.Err())}
+	if err = cmp.Or(err, ctx.Err()); first {
+		return nil, refusalOf(err)
+	}
+	return nil, &Temporary{Err: err} // the status may be about batches before
 }
 
 // Close implements Sender. The end of the server's answer confirms that it has read the stream.

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -82,7 +83,8 @@ func (c *Client) request(ctx context.Context, path string, body io.ReadCloser) (
 func (c *Client) Call(ctx context.Context, path string, message []byte) ([]byte, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r, err := c.request(ctx, path, io.NopCloser(bytes.NewReader(frame(message))))
+	body := net.Buffers(frame(message))
+	r, err := c.request(ctx, path, io.NopCloser(&body))
 	if err != nil {
 		return nil, err
 	}
@@ -152,9 +154,16 @@ func (s *Stream) open(transport http.RoundTripper, r *http.Request) {
 }
 
 // Send sends a message. It waits while the server does not take it.
-func (s *Stream) Send(message []byte) error {
-	_, err := s.body.Write(frame(message))
-	return err
+func (s *Stream) Send(message []byte) error { return s.SendParts(message) }
+
+// SendParts is Send for a message in parts.
+func (s *Stream) SendParts(parts ...[]byte) error {
+	for _, b := range frame(parts...) {
+		if _, err := s.body.Write(b); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Receive returns the next message, io.EOF after the last one if the status is OK, and an *Error otherwise.
@@ -193,11 +202,21 @@ func (s *Stream) Close() {
 	}
 }
 
-// frame returns message with its prefix.
-func frame(message []byte) []byte {
-	b := make([]byte, prefixSize, prefixSize+len(message))
-	binary.BigEndian.PutUint32(b[1:], uint32(len(message)))
-	return append(b, message...)
+// maxCopied bounds the messages that are copied behind their prefix, in bytes, so that they leave in one frame of HTTP/2.
+const maxCopied = 16 << 10
+
+// frame returns a message with its prefix. A large one is not copied: exporters send megabytes.
+func frame(parts ...[]byte) [][]byte {
+	size := 0
+	for _, p := range parts {
+		size += len(p)
+	}
+	b := make([]byte, prefixSize)
+	binary.BigEndian.PutUint32(b[1:], uint32(size))
+	if size > maxCopied {
+		return append([][]byte{b}, parts...)
+	}
+	return [][]byte{append(b, bytes.Join(parts, nil)...)}
 }
 
 // check returns an error if the response is not one of gRPC, or is a status without messages.

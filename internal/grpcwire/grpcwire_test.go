@@ -1,7 +1,9 @@
 package grpcwire
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net/http"
@@ -210,5 +212,41 @@ func TestTheTextOfAStatusIsBounded(t *testing.T) {
 	var status *Error
 	if !errors.As(err, &status) || len(status.Text) != maxText {
 		t.Errorf("error %.100v with %d bytes, want %d", err, len(status.Text), maxText)
+	}
+}
+
+// Messages arrive whole, in parts or not. A large one has no copy while it is sent.
+func TestLargeMessagesAreNotCopied(t *testing.T) {
+	large := bytes.Repeat([]byte("0123456789"), 100<<10)
+	if parts := frame(large[:5], large); len(parts) != 3 || &parts[2][0] != &large[0] {
+		t.Error("a large message is copied")
+	}
+	for _, parts := range [][][]byte{{large}, {large[:9], large}, {[]byte("head"), []byte("rest")}, {nil, []byte("rest")}, {nil}} {
+		want := bytes.Join(parts, nil)
+		var got [][]byte
+		client := serve(t, true, func(w http.ResponseWriter, r *http.Request) {
+			b, _ := io.ReadAll(r.Body)
+			got = append(got, b)
+			reply(w, "\x00\x00\x00\x00\x00", "0", "")
+		})
+		if _, err := client.Call(t.Context(), "/s/m", want); err != nil {
+			t.Fatal(err)
+		}
+		stream, err := client.Stream(t.Context(), "/s/m")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.SendParts(parts...); err != nil {
+			t.Fatal(err)
+		}
+		stream.CloseSend()
+		if _, err := stream.Receive(); err != nil {
+			t.Fatal(err)
+		}
+		stream.Close()
+		want = append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(want))), want...)
+		if len(got) != 2 || !bytes.Equal(got[0], want) || !bytes.Equal(got[1], want) {
+			t.Errorf("%d parts: the server gets another message", len(parts))
+		}
 	}
 }

@@ -89,7 +89,7 @@ func serveLogs(t *testing.T, r *logReceiver) *accesslog.Sinks {
 	}
 	sinks := &accesslog.Sinks{
 		Noted: flow.NewNoted(flow.Fields{}), Log: slog.New(slog.DiscardHandler), Resource: []export.Resource{{Name: "service.name", Value: "web.shop"}},
-		Node: node, NodeID: "sidecar~10.0.0.1~web.shop~shop.svc.cluster.local", Cluster: "web.shop",
+		Node: node, NodeID: "sidecar~10.0.0.1~web.shop~shop.svc.cluster.local", Cluster: "web.shop", CloseTime: time.Minute,
 		Transport: func(cluster string, http2 bool) http.RoundTripper {
 			if cluster != "outbound|9090||logs" || !http2 {
 				t.Errorf("cluster %s, HTTP/2 %v", cluster, http2)
