@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/accesslog"
@@ -270,7 +271,14 @@ func (t *telling) close() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), flushTime)
 	defer cancel()
-	t.spans.close(ctx)
+	return t.flush(ctx)
+}
+
+// flush closes the access log and the exporters of spans, at the same time.
+func (t *telling) flush(ctx context.Context) error {
+	var closing sync.WaitGroup
+	closing.Go(func() { t.spans.close(ctx) })
+	defer closing.Wait()
 	switch {
 	case t.access != nil:
 		return t.access.Close(ctx)

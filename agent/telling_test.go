@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -16,10 +17,12 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/dns"
+	"github.com/pillion-proxy/pillion/internal/export"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/istiod"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/tracing"
 )
 
 // newTelling makes the sinks of the default agent, with an access log in a file.
@@ -257,5 +260,48 @@ func TestPortRangesAreShownAsPairs(t *testing.T) {
 		if got := ranges(c.ports); !slices.Equal(got, c.want) {
 			t.Errorf("%+v: %v, want %v", c.ports, got, c.want)
 		}
+	}
+}
+
+// lateReceiver is a receiver of spans that answers when a file is closed.
+type lateReceiver string
+
+func (l lateReceiver) Close(context.Context) {}
+
+func (l lateReceiver) Send(ctx context.Context, _ []byte) ([]byte, error) {
+	for ctx.Err() == nil {
+		open := false
+		descriptors, _ := os.ReadDir("/proc/self/fd")
+		for _, d := range descriptors {
+			target, _ := os.Readlink("/proc/self/fd/" + d.Name())
+			open = open || target == string(l)
+		}
+		if !open {
+			return nil, nil
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return nil, ctx.Err()
+}
+
+// A receiver of spans that hangs takes no time from the access log at the end.
+func TestSpansAndTheAccessLogAreFlushedAtTheSameTime(t *testing.T) {
+	path := t.TempDir() + "/access.log"
+	log, err := AccessLog{Path: path, Encoding: textEncoding}.open(Config{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tell := &telling{access: log}
+	e := export.New(export.Config{Sender: lateReceiver(path), Counts: &tell.spans.counts, Log: slog.New(slog.DiscardHandler),
+		Field: export.OTLPItem, Delay: time.Hour, CloseTime: nettest.Patience})
+	e.Add([]byte{})
+	tell.spans.policy = &tracing.Policy{Exporter: e}
+	ctx, cancel := context.WithTimeout(t.Context(), nettest.Patience)
+	defer cancel()
+	if err := tell.flush(ctx); err != nil {
+		t.Error(err)
+	}
+	if exported, _, _ := tell.spans.counted(); exported != 1 {
+		t.Error("the access log is open until the receiver of spans has answered")
 	}
 }

@@ -73,7 +73,5 @@ func (s *spans) close(ctx context.Context) {
 	if s.policy != nil {
 		all = append(all, s.policy.Exporter)
 	}
-	for _, e := range all {
-		e.Close(ctx)
-	}
+	export.CloseAll(ctx, all)
 }

@@ -76,6 +76,9 @@ func TestDocumentedMetricsAreServed(t *testing.T) {
 		name, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
 		kind, _, _ := strings.Cut(rest, " ")
 		listed[name] = true
+		if strings.HasPrefix(name, withDryRuns) {
+			continue
+		}
 		if f[name] == nil {
 			t.Errorf("%s is listed but not served", name)
 		} else if got := strings.ToLower(f[name].GetType().String()); got != kind {
@@ -102,7 +105,7 @@ func TestDocumentedMetricsAreServed(t *testing.T) {
 					continue
 				}
 				if named++; bytes.HasPrefix(content[at[1]:], []byte("_")) { // stands for all names that begin so
-					if !hasPrefix(f, name+"_") {
+					if !hasPrefix(f, name+"_") && name+"_" != withDryRuns {
 						t.Errorf("%s names %s_…, but no such metric is served", path, name)
 					}
 				} else if !hasFamilyOf(f, name) && notOfTheMetricsPort[name] == "" {
@@ -129,6 +132,10 @@ func meshMetrics(t *testing.T) families {
 	s.agent.log.await(t, "workload certificate renewed")
 	return s.scrape(t)
 }
+
+// withDryRuns begins the names of families that a port has from its first dry run of a policy on. Tests of internal/metrics have
+// such a port.
+const withDryRuns = "envoy_http_inbound_0_0_0_0_"
 
 // notOfTheMetricsPort are names that look like a metric's but are not one of the metrics port's.
 var notOfTheMetricsPort = map[string]string{

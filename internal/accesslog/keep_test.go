@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -137,3 +138,37 @@ func TestServicesThatAreNotConfiguredAnyMoreAreLetGo(t *testing.T) {
 type refusing struct{}
 
 func (refusing) RoundTrip(*http.Request) (*http.Response, error) { return nil, os.ErrPermission }
+
+// after is a service that answers when a channel is closed.
+type after <-chan struct{}
+
+func (a after) RoundTrip(r *http.Request) (*http.Response, error) {
+	select {
+	case <-a:
+		return &http.Response{StatusCode: http.StatusOK, Body: http.NoBody}, nil
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+}
+
+// A service that hangs takes no time from files at the end.
+func TestFilesAndServicesAreClosedAtTheSameTime(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	var written chan struct{}
+	s := &Sinks{
+		Noted: flow.NewNoted(flow.Fields{}), Log: (&logBuffer{}).logger(), CloseTime: nettest.Patience,
+		Transport: func(string, bool) http.RoundTripper { return after(written) },
+	}
+	s.Of([]mesh.AccessLog{{Path: path, Text: "line"}})
+	written = s.files[path].done // closed when the file is
+	to := mesh.Receiver{HTTP: &mesh.HTTPService{Cluster: "c", Timeout: nettest.Patience}}
+	write(s.Of([]mesh.AccessLog{{Path: path, Text: "line"}, {Service: &mesh.LogService{Kind: mesh.OpenTelemetryLogs, Delay: time.Minute, To: to}}}))
+	ctx, cancel := context.WithTimeout(t.Context(), nettest.Patience)
+	defer cancel()
+	if err := s.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if written, lost := s.Counts(); written != 2 || lost != 0 {
+		t.Errorf("%d records written, %d lost", written, lost)
+	}
+}

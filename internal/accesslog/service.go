@@ -32,7 +32,7 @@ type service struct {
 // config returns how records are sent to a service.
 func (s *Sinks) config(c *mesh.LogService) (to service) {
 	to.Config = export.Config{
-		What: "access log records", Counts: &s.counts, Log: s.Log,
+		What: "access log records", Counts: &s.counts, Log: s.Log, CloseTime: s.CloseTime,
 		Delay: min(cmp.Or(c.Delay, serviceDelay), maxServiceDelay), BatchBytes: int(min(cmp.Or(c.Bytes, serviceBytes), maxServiceBytes)),
 	}
 	if c.Kind == mesh.OpenTelemetryLogs {

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -29,6 +31,8 @@ type Sinks struct {
 	Resource        []export.Resource
 	Node            []byte
 	NodeID, Cluster string // of the node
+
+	CloseTime time.Duration // as in export.Config
 
 	counts export.Counts // of all services
 
@@ -289,21 +293,22 @@ func (s *Sinks) Counts() (written, dropped uint64) {
 	return written + s.counts.Exported.Load(), dropped + s.counts.Dropped.Load() + s.counts.Failed.Load()
 }
 
-// Close writes and sends what is queued and closes the files; see Log.Close. Later records are lost.
-func (s *Sinks) Close(ctx context.Context) (err error) {
+// Close writes and sends what is queued and closes the files, all at the same time; see Log.Close. Later records are lost.
+func (s *Sinks) Close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
-	services := s.services
+	services := slices.Collect(maps.Values(s.services))
 	s.mu.Unlock()
-	before := s.counts.Failed.Load()
-	for _, e := range services {
-		e.Close(ctx)
+	files, before := s.each(), s.counts.Failed.Load()
+	errs := make([]error, 1+len(files))
+	var closing sync.WaitGroup
+	for i, w := range files {
+		closing.Go(func() { errs[1+i] = w.close(ctx) })
 	}
+	export.CloseAll(ctx, services)
 	if lost := s.counts.Failed.Load() - before; lost > 0 {
-		err = fmt.Errorf("closing access logs: %d records were not sent", lost)
+		errs[0] = fmt.Errorf("closing access logs: %d records were not sent", lost)
 	}
-	for _, w := range s.each() {
-		err = errors.Join(err, w.close(ctx))
-	}
-	return err
+	closing.Wait()
+	return errors.Join(errs...)
 }

@@ -93,7 +93,7 @@ var arrows = []struct {
 	{"internal/match", []string{"internal/mesh"}, "matchers are compiled from the values of a control plane"},
 	{"internal/jwt", []string{"internal/flow", "internal/match", "internal/mesh", "internal/route"}, "a filter is compiled from the values of a control plane; it looks at requests as routes do, and replies in their form"},
 	{"internal/authz", []string{"internal/match", "internal/mesh"}, "policies are compiled from the values of a control plane"},
-	{"internal/route", []string{"internal/envoy", "internal/flow", "internal/mesh", "internal/xxh64"}, "routes of a control plane are compiled; replies have reasons, and Envoy's flags and details; requests are hashed as by Envoy"},
+	{"internal/route", []string{"internal/envoy", "internal/flow", "internal/match", "internal/mesh", "internal/xxh64"}, "routes of a control plane are compiled, and compared with metadata; replies have reasons, and Envoy's flags and details; requests are hashed as by Envoy"},
 	{"internal/controlplane/pushtest", []string{"internal/wire", "internal/xds"}, "recorded pushes are updates"},
 	{"internal/certview", []string{"internal/flow", "internal/identity", "internal/mesh", "internal/secure"}, "certificates are described, and servers verified, as on connections"},
 	{"internal/peers", []string{"internal/flow", "internal/wire"}, "a description is a protobuf message, and becomes the workload of a record"},

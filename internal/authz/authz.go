@@ -51,8 +51,8 @@ type Fields interface {
 
 // Metadata has values that filters left about a request, such as the claims of its token. Nil is without values.
 type Metadata interface {
-	// Match reports whether a value matches. A missing value does not match; m.Invert inverts that as well.
-	Match(m *mesh.MetadataMatcher) bool
+	// Match compares a value. A missing value does not match; m.Invert inverts that as well.
+	Match(m *mesh.MetadataMatcher) match.Value
 }
 
 // Policy is a compiled mesh.RBAC. It is never changed, and may be used by several goroutines at a time.

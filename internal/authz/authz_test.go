@@ -22,8 +22,8 @@ func (f fields) At(i int) (name, value []byte) {
 // claims is metadata that has the text of a claim.
 type claims map[string]string
 
-func (c claims) Match(m *mesh.MetadataMatcher) bool {
-	return (m.Value.Text.Text == c[strings.Join(m.Path, ".")]) != m.Invert
+func (c claims) Match(m *mesh.MetadataMatcher) value {
+	return truth((m.Value.Text.Text == c[strings.Join(m.Path, ".")]) != m.Invert)
 }
 
 func request() *Subject {
@@ -469,6 +469,9 @@ func TestExplain(t *testing.T) {
 		rule("c", some(ports(80, 81), ports(443, 444)), anything),
 		rule("d", some(path(prefix("/x")), riddle), in(mesh.ConditionClient, "203.0.113.0/24")),
 		rule("e", path(prefix("/admin")), in(mesh.ConditionClient, "203.0.113.0/24")),
+		rule("f", present("x-one", false), present("x-none", true)),
+		rule("g", mesh.Condition{Kind: mesh.ConditionHeader, Header: &mesh.HeaderMatcher{Name: "x-n", Kind: mesh.HeaderRange, Start: 1, End: 17}}, anything),
+		rule("h", inverted(present("x-one", true)), anything),
 	}}})
 	want := []Reason{
 		{"a", "no", `header :method "GET" is not equal to "POST"`},
@@ -476,6 +479,9 @@ func TestExplain(t *testing.T) {
 		{"c", "no", `destination port 8080 is not 80 and destination port 8080 is not 443`},
 		{"d", "unknown", `a condition is not understood`},
 		{"e", "yes", `path "/admin/x;y" is with prefix "/admin" and client address 203.0.113.9 is in 203.0.113.0/24`},
+		{"f", "no", `header x-one "a" is not absent`},
+		{"g", "no", `header x-n "17" is not in 1-16`},
+		{"h", "no", `header x-one "a" is not other than present`},
 	}
 	if got := p.Explain(request()); !slices.Equal(got, want) {
 		t.Errorf("got\n%+v, want\n%+v", got, want)

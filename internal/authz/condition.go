@@ -121,7 +121,7 @@ func (c *condition) metByRequest(r *Request) value {
 		if r.Metadata == nil {
 			return truth(c.Metadata.Invert)
 		}
-		return truth(r.Metadata.Match(c.Metadata))
+		return r.Metadata.Match(c.Metadata)
 	}
 	return unknown
 }

@@ -145,6 +145,30 @@ func TestMorePoliciesThanABlockHas(t *testing.T) {
 	}
 }
 
+// The index looks for a text only while a policy that needs one is left, and spreads clients.
+func TestTheIndexSparesWork(t *testing.T) {
+	var needing texts
+	left := set{0, 1 << 5, 0, 1}
+	needing.free = left
+	if needing.excludes(&left) {
+		t.Error("a text is looked for, and none is needed")
+	}
+	for _, i := range []int{64 + 5, 3 * 64} {
+		needing.free = left
+		needing.free[i/64] = 0
+		if !needing.excludes(&left) {
+			t.Errorf("no text is looked for, and policy %d needs one", i)
+		}
+	}
+	used := map[uint32]bool{}
+	for i := range 8 * ways {
+		used[hash([]string{fmt.Sprintf("spiffe://cluster.local/ns/default/sa/%d", i)})] = true
+	}
+	if len(used) < ways*3/4 {
+		t.Errorf("%d of %d places are used", len(used), ways)
+	}
+}
+
 // Clients that share a place of the index are distinguished.
 func TestManyClients(t *testing.T) {
 	policies := []mesh.AccessPolicy{rule("own", anything, name(suffix("/even")))}

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 )
 
 // ErrEvicted is the error of a connection that was evicted.
@@ -27,6 +28,7 @@ type Owner interface {
 // Budget is shared by all connections of a process. Make it with New. A nil Budget has no limit.
 type Budget struct {
 	limit     int
+	places    int          // for detained connections
 	used      atomic.Int64 // the sum of all accounts; written under mu
 	evictions atomic.Uint64
 	detained  atomic.Int32 // connections, after their eviction
@@ -55,7 +57,7 @@ type list struct{ first, last *Account }
 
 // New returns a budget of limit bytes.
 func New(limit int) *Budget {
-	return &Budget{limit: limit, peers: make(map[netip.Addr]*peer)}
+	return &Budget{limit: limit, places: places(limit), peers: make(map[netip.Addr]*peer)}
 }
 
 // Limit returns the size of the budget in bytes; 0 for a nil Budget.
@@ -86,16 +88,39 @@ func (b *Budget) Evictions() uint64 {
 // avoided.
 func (b *Budget) Tight() bool { return b != nil && int(b.used.Load()) > b.limit/2 }
 
-// detainedSize is about the memory of a connection that waits for its end, that of the kernel included.
-const detainedSize = 16 << 10
+// Bounds of the connections that wait for their end.
+const (
+	// detainedSize is about the memory of such a connection, that of the kernel included.
+	detainedSize = 16 << 10
+
+	// maxDetained bounds their number, and so their memory, which no account has, to 64 MiB. They wait for a second on average:
+	// 4,096 attackers that replace evicted connections at once are slowed to one each in that time. Further evicted connections
+	// are closed at once, whoever holds the places: that costs the agent work, and honest peers no time.
+	maxDetained = 4096
+
+	// detainedShare is the divisor of the process's descriptors that they may have. The others are for served connections.
+	detainedShare = 4
+)
+
+// places returns how many connections may be detained by a budget of limit bytes. The limit of descriptors is the one that the
+// Go runtime has raised at the start.
+func places(limit int) int {
+	n := min(limit/detainedSize, maxDetained)
+	var files syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
+		n = int(min(uint64(n), files.Cur/detainedShare))
+	}
+	return n
+}
 
 // Detain counts a connection that stays open for some time after it was evicted, so that its peer does not replace it at once.
-// It returns false if there are so many that they need as much memory as the budget has. Otherwise Release must follow.
+// It returns false if there are so many that they need as much memory as the budget has, a quarter of the descriptors, or more
+// than maxDetained. Otherwise Release must follow.
 func (b *Budget) Detain() bool {
 	if b == nil {
 		return false
 	}
-	if int(b.detained.Add(1)) > b.limit/detainedSize {
+	if int(b.detained.Add(1)) > b.places {
 		b.Release()
 		return false
 	}

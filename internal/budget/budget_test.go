@@ -5,6 +5,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 )
 
@@ -262,16 +263,38 @@ func TestAnAccountHoldsNothingAtLeast(t *testing.T) {
 	}
 }
 
-// Connections that are detained after their eviction take memory as well.
+// Connections that are detained after their eviction take memory and descriptors as well.
 func TestFewConnectionsAreDetained(t *testing.T) {
-	b, detained := New(10*detainedSize), 0
-	for range 20 {
-		if b.Detain() {
-			detained++
-		}
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
 	}
-	if b.Release(); detained != 10 || !b.Detain() || b.Detain() {
-		t.Errorf("%d connections are detained, want 10, and the next one after a release", detained)
+	lower := files
+	lower.Cur = 400
+	for _, c := range []struct {
+		limit, want int
+		files       *syscall.Rlimit
+	}{
+		{10 * detainedSize, 10, &files},
+		{1 << 30, int(min(maxDetained, files.Cur/4)), &files},
+		{1 << 30, 100, &lower},
+		{10 * detainedSize, 10, &lower},
+	} {
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, c.files); err != nil {
+			t.Fatal(err)
+		}
+		b, detained := New(c.limit), 0
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+			t.Fatal(err)
+		}
+		for range 1 << 17 {
+			if b.Detain() {
+				detained++
+			}
+		}
+		if b.Release(); detained != c.want || !b.Detain() || b.Detain() {
+			t.Errorf("%d connections are detained, want %d, and the next one after a release", detained, c.want)
+		}
 	}
 	if (*Budget)(nil).Detain() {
 		t.Error("a connection is detained without a limit of memory")

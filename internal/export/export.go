@@ -24,6 +24,7 @@ const (
 	firstWait = time.Second // before a batch is sent again
 	lastWait  = 16 * time.Second
 	patience  = time.Minute // after which a batch is dropped
+	closeTime = time.Second
 )
 
 // MaxItem is the limit of an item, in bytes. A larger one is dropped.
@@ -93,6 +94,7 @@ type Config struct {
 
 	Delay     time.Duration // after which an item is sent; 0: one second
 	FirstWait time.Duration // before a batch is sent again; 0: one second
+	CloseTime time.Duration // for the last batch, and for the receiver to confirm what it has got when it is left; 0: one second
 }
 
 // Level is a field with a message: its number, below 16, and the fields that precede the items.
@@ -104,6 +106,7 @@ type Level struct {
 // New returns an exporter. Close it.
 func New(config Config) *Exporter {
 	config.Delay, config.FirstWait = cmp.Or(config.Delay, delay), cmp.Or(config.FirstWait, firstWait)
+	config.CloseTime = cmp.Or(config.CloseTime, closeTime)
 	e := &Exporter{Config: config, full: make(chan struct{}, 1), stop: make(chan struct{})}
 	e.ctx, e.end = context.WithCancel(context.Background())
 	return e
@@ -179,11 +182,8 @@ func (e *Exporter) rest() bool {
 	return true
 }
 
-// closeTime is how long a receiver may take to confirm what it has got, when it is left.
-const closeTime = time.Second
-
 func (e *Exporter) closeSender(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, closeTime)
+	ctx, cancel := context.WithTimeout(ctx, e.CloseTime)
 	defer cancel()
 	e.Sender.Close(ctx)
 }
@@ -347,6 +347,15 @@ func (e *Exporter) Close(ctx context.Context) {
 	e.mu.Unlock()
 	stop := context.AfterFunc(ctx, e.end)
 	defer stop()
-	e.send(closeTime)
+	e.send(e.CloseTime)
 	e.closeSender(e.ctx)
+}
+
+// CloseAll closes exporters at the same time, so that a receiver that hangs takes no time from the others.
+func CloseAll(ctx context.Context, all []*Exporter) {
+	var closing sync.WaitGroup
+	for _, e := range all {
+		closing.Go(func() { e.Close(ctx) })
+	}
+	closing.Wait()
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -234,5 +235,45 @@ func TestLossesAreLogged(t *testing.T) {
 	nettest.Eventually(t, "all is sent", e.Idle)
 	if text := l.String(); strings.Count(text, "dropping spans") != 1 || !strings.Contains(text, "dropped=7") {
 		t.Errorf("log:\n%s", text)
+	}
+}
+
+// gathering is a Sender that waits until all of them are sending.
+type gathering struct {
+	*sync.WaitGroup
+	met chan struct{}
+}
+
+func (g gathering) Send(ctx context.Context, _ []byte) ([]byte, error) {
+	g.Done()
+	select {
+	case <-g.met:
+		return nil, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (g gathering) Close(context.Context) {}
+
+// A receiver that hangs takes no time of the others from the last batch.
+func TestExportersAreClosedAtTheSameTime(t *testing.T) {
+	g, counts := gathering{new(sync.WaitGroup), make(chan struct{})}, new(Counts)
+	var all []*Exporter
+	for range 3 {
+		g.Add(1)
+		e := New(Config{Sender: g, Counts: counts, Log: slog.New(slog.DiscardHandler), Field: OTLPItem, Delay: time.Hour, CloseTime: nettest.Patience})
+		e.Add([]byte{})
+		all = append(all, e)
+	}
+	go func() {
+		g.Wait()
+		close(g.met)
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), nettest.Patience)
+	defer cancel()
+	CloseAll(ctx, all)
+	if n := counts.Exported.Load(); n != 3 {
+		t.Errorf("%d of 3 batches exported", n)
 	}
 }

@@ -51,7 +51,7 @@ func To(to *mesh.Receiver, method string, transport func(cluster string, http2 b
 		if g.Timeout > 0 {
 			timeout = g.Timeout
 		}
-		return strings.Join([]string{g.Cluster, method, base.Host, to.Service, text}, " "), g.Cluster,
+		return strings.Join([]string{g.Cluster, method, base.Host, to.Service, timeout.String(), text}, " "), g.Cluster,
 			NewGRPCSender(transport(g.Cluster, true), base, header, method, timeout)
 	}
 	h := to.HTTP
@@ -61,7 +61,7 @@ func To(to *mesh.Receiver, method string, transport func(cluster string, http2 b
 	if h.Timeout > 0 {
 		timeout = h.Timeout
 	}
-	return strings.Join([]string{h.Cluster, host + path, to.Service, text}, " "), h.Cluster, &HTTPSender{
+	return strings.Join([]string{h.Cluster, host + path, to.Service, timeout.String(), text}, " "), h.Cluster, &HTTPSender{
 		Transport: transport(h.Cluster, false), URL: url.URL{Scheme: "http", Host: host, Path: path}, Header: header, Timeout: timeout,
 	}
 }

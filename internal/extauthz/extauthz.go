@@ -7,6 +7,7 @@ package extauthz
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
@@ -31,7 +32,8 @@ type Caller interface {
 // Question is a connection or a request that a server is asked about. It owns its memory.
 type Question struct {
 	Source, Destination netip.AddrPort // the peer, and the original destination
-	SourceName          string         // the first name in the client's certificate; empty: none
+	Certified           bool           // the client has shown a certificate
+	SourceName          string         // the first name in it; empty: none
 	DestinationName     string         // the workload's SPIFFE ID; empty: not known
 	Certificate         string         // of the client, in PEM with the bytes encoded that URLs do not have; empty: none, or not sent
 	ServerName          string         // of the ClientHello; empty: none
@@ -75,24 +77,24 @@ type Parameter struct {
 // Target returns the path of a request with the query that the answer makes of its own. Names are compared in their decoded form,
 // in which a server reads them. Parameters that are set follow the others.
 func (a *Answer) Target(path string) string {
-	before, query, _ := strings.Cut(path, "?")
-	var kept []string
+	last := make(map[string]int, len(a.Parameters)) // the index of the last change of a name, which counts
+	for i := range a.Parameters {
+		last[decoded(a.Parameters[i].Name)] = i
+	}
+	target, query, _ := strings.Cut(path, "?")
+	b, separator := append(make([]byte, 0, len(path)), target...), byte('?')
 	for p := range strings.SplitSeq(query, "&") {
 		name, _, _ := strings.Cut(p, "=")
-		name = decoded(name)
-		if p != "" && !slices.ContainsFunc(a.Parameters, func(c Parameter) bool { return decoded(c.Name) == name }) {
-			kept = append(kept, p)
+		if _, changed := last[decoded(name)]; p != "" && !changed {
+			b, separator = append(append(b, separator), p...), '&'
 		}
 	}
-	for i, p := range a.Parameters { // the last change of a name counts
-		if !p.Remove && !slices.ContainsFunc(a.Parameters[i+1:], func(c Parameter) bool { return c.Name == p.Name }) {
-			kept = append(kept, p.Name+"="+p.Value)
+	for i := range a.Parameters {
+		if p := &a.Parameters[i]; !p.Remove && last[decoded(p.Name)] == i {
+			b, separator = append(append(b, separator), p.Name+"="+p.Value...), '&'
 		}
 	}
-	if len(kept) > 0 {
-		before += "?" + strings.Join(kept, "&")
-	}
-	return before
+	return string(b)
 }
 
 // Bounds of what is read.
@@ -130,11 +132,17 @@ func Ask(ctx context.Context, caller Caller, e *mesh.ExtAuthz, q *Question) *Ans
 	} else {
 		answer, err = askHTTP(ctx, caller, e, q)
 	}
+	if r := q.Request; err == nil && r != nil && !strings.HasPrefix(r.Path, "/") && answer.Target(r.Path) != r.Path {
+		err = errNoQuery
+	}
 	if err != nil {
 		return Failed(e, err)
 	}
 	return answer
 }
+
+// errNoQuery is the error of an answer about OPTIONS * or CONNECT that sets parameters.
+var errNoQuery = errors.New("the answer of the server: it sets parameters of a request that has no path")
 
 // failureField marks requests that are allowed although their server could not be asked.
 const failureField = "x-envoy-auth-failure-mode-allowed"

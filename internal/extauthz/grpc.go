@@ -256,8 +256,11 @@ func keyValue(m wire.Message) (key, value string) {
 	return key, value
 }
 
-// check rejects a parameter that would break the target of a request.
+// check rejects a parameter that would break the target of a request, or that a server would read with another name.
 func (p *Parameter) check() error {
+	if strings.Contains(p.Name, "=") {
+		return fmt.Errorf("the name of its parameter %.64q has an equals sign, which is not supported", p.Name)
+	}
 	for _, c := range []byte(p.Name + p.Value) {
 		if c <= ' ' || c > '~' || c == '#' || c == '&' {
 			return fmt.Errorf("its parameter %.64q has characters that a query does not have", p.Name)

@@ -2,6 +2,7 @@ package extauthz
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -25,7 +26,7 @@ func (r replies) Call(context.Context, string, string, string, http.Header, []by
 // asked returns the answer of a server that answers a message.
 func asked(message []byte, allowFailure bool) *Answer {
 	e := &mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "c"}, StatusOnError: 503, AllowFailure: allowFailure}
-	return Ask(context.Background(), replies(message), e, &Question{Request: &Request{}})
+	return Ask(context.Background(), replies(message), e, &Question{Request: &Request{Path: "/"}})
 }
 
 // allowing returns a CheckResponse with an OkHttpResponse.
@@ -66,6 +67,9 @@ func TestAChangeThatIsNotCarriedOutAllowsNothing(t *testing.T) {
 		"a parameter with a fragment":    {7, pair("a", "b#c"), true},
 		"a parameter with another":       {7, pair("a", "b&c=d"), true},
 		"a parameter with a line break":  {7, pair("a\n", "b"), true},
+		"a name with an equals sign":     {7, pair("user=admin", ""), true},
+		"a name with an ampersand":       {7, pair("a&user", "admin"), true},
+		"a value with an equals sign":    {7, pair("a", "b=c"), false},
 	} {
 		message := allowing(wire.AppendBytes(nil, c.number, c.content))
 		if a := asked(message, false); a.Denied != c.fails || (a.Err != nil) != c.fails || c.fails && a.Reply.Status != 503 {
@@ -131,6 +135,8 @@ func TestParametersOfTheQueryAreChanged(t *testing.T) {
 		"a removal, encoded":      {"/p?a%20b=0&c", [][]byte{remove("a b")}, "/p?c"},
 		"a removal after a value": {"/p?a=0", [][]byte{set("a", "1"), remove("a")}, "/p"},
 		"the last of two values":  {"/p?x", [][]byte{set("a", "1"), set("a", "2")}, "/p?x&a=2"},
+		"two spellings of a name": {"/p?user=x", [][]byte{set("%75ser", "1"), set("user", "2")}, "/p?user=2"},
+		"one of them is removed":  {"/p?user=x", [][]byte{set("%75ser", "1"), remove("user")}, "/p"},
 		"no query":                {"/p", [][]byte{remove("a")}, "/p"},
 		"a broken escape":         {"/p?%zz=1&a", [][]byte{remove("a")}, "/p?%zz=1"},
 	} {
@@ -138,6 +144,38 @@ func TestParametersOfTheQueryAreChanged(t *testing.T) {
 		if got := a.Target(c.path); a.Denied || got != c.want {
 			t.Errorf("%s: %q, %v; want %q", name, got, a.Err, c.want)
 		}
+	}
+}
+
+// The target of OPTIONS * and CONNECT has no query: an answer that sets a parameter of it cannot be carried out.
+func TestParametersOfARequestWithoutAPath(t *testing.T) {
+	set, remove := wire.AppendBytes(nil, 7, pair("a", "b")), wire.AppendString(nil, 8, "a")
+	for _, path := range []string{"*", ""} {
+		for _, fails := range []bool{true, false} {
+			for _, allowFailure := range []bool{false, true} {
+				change := remove
+				if fails {
+					change = set
+				}
+				e := &mesh.ExtAuthz{GRPC: &mesh.GRPCService{}, StatusOnError: 503, AllowFailure: allowFailure}
+				a := Ask(context.Background(), replies(allowing(change)), e, &Question{Request: &Request{Path: path}})
+				if (a.Err != nil) != fails || a.Denied != (fails && !allowFailure) {
+					t.Errorf("path %q, set %v, allowed on failure %v: %+v", path, fails, allowFailure, a)
+				}
+			}
+		}
+	}
+}
+
+// Names of changes are decoded once, not for each parameter of the query: clients choose how many these are.
+func TestALongQueryCostsNoMoreForEachChange(t *testing.T) {
+	a := &Answer{}
+	for i := range maxEdits {
+		a.Parameters = append(a.Parameters, Parameter{Name: fmt.Sprintf("%%61%d", i), Value: "v"})
+	}
+	path := "/p?" + strings.Repeat("x&", 1000)
+	if n := testing.AllocsPerRun(1, func() { a.Target(path) }); n > 10*maxEdits {
+		t.Errorf("%.0f allocations", n)
 	}
 }
 

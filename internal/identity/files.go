@@ -113,15 +113,17 @@ func (f *Files) read() (*Identity, error) {
 }
 
 // ReadFile returns the content of a file of at most maxFile bytes.
-func ReadFile(path string) ([]byte, error) {
+func ReadFile(path string) ([]byte, error) { return readFile(path, maxFile) }
+
+func readFile(path string, limit int) ([]byte, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()
-	content, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err == nil && len(content) > maxFile {
-		err = fmt.Errorf("%s has more than %d bytes", path, maxFile)
+	content, err := io.ReadAll(io.LimitReader(file, int64(limit)+1))
+	if err == nil && len(content) > limit {
+		err = fmt.Errorf("%s has more than %d bytes", path, limit)
 	}
 	return content, err
 }

@@ -24,7 +24,7 @@ var (
 // Revocations are certificate revocation lists (RFC 5280 §5). They are not changed after they were made, and used by any
 // number of goroutines.
 type Revocations struct {
-	PEM   []byte // as in the file
+	PEM   []byte // as in the file; nil: not kept
 	lists []revocationList
 }
 
@@ -119,12 +119,12 @@ func parseList(raw []byte) (revocationList, error) {
 	return list, nil
 }
 
-// Equal reports whether both come from the same text.
+// Equal reports whether both come from the same text. Lists whose text was not kept are equal to themselves only.
 func (r *Revocations) Equal(other *Revocations) bool {
-	return r == other || r != nil && other != nil && bytes.Equal(r.PEM, other.PEM)
+	return r == other || r != nil && other != nil && r.PEM != nil && bytes.Equal(r.PEM, other.PEM)
 }
 
-// And returns the lists of both. Either may be nil.
+// And returns the lists of both, without their texts: it is called in each handshake, and texts are large. Either may be nil.
 func (r *Revocations) And(other *Revocations) *Revocations {
 	switch {
 	case r == nil:
@@ -132,7 +132,7 @@ func (r *Revocations) And(other *Revocations) *Revocations {
 	case other == nil:
 		return r
 	}
-	return &Revocations{PEM: slices.Concat(r.PEM, other.PEM), lists: slices.Concat(r.lists, other.lists)}
+	return &Revocations{lists: slices.Concat(r.lists, other.lists)}
 }
 
 // Check returns an error if a certificate of a verified chain, from the leaf to the root, has been revoked at now, or if

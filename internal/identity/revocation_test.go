@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -206,5 +207,30 @@ func TestTheSignatureOfAListIsVerifiedOnce(t *testing.T) {
 	}
 	if n := len(list.signers.known); n > maxSigners {
 		t.Errorf("%d issuers are remembered, want at most %d", n, maxSigners)
+	}
+}
+
+// Lists are joined in each handshake, before the client is authenticated, so their texts are not copied.
+func TestJoinedListsDoNotCopyTheirTexts(t *testing.T) {
+	parse := func(name string) *Revocations {
+		lists, err := ParseRevocations([]byte(strings.Repeat("x\n", maxFile/2) + newAuthority(t, name).revoke(t, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lists
+	}
+	a, b := parse("a"), parse("b")
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	joined := a.And(b)
+	for range 9 {
+		joined = a.And(b)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > maxFile {
+		t.Errorf("ten times, %d bytes are allocated", n)
+	}
+	if len(joined.lists) != 2 || joined.Equal(a) || joined.Equal(a.And(b)) || !joined.Equal(joined) {
+		t.Errorf("%d lists, or they are equal to others", len(joined.lists))
 	}
 }

@@ -13,8 +13,8 @@ type Claims struct {
 // filterName is the name under which policies and routes look for claims.
 const filterName = "envoy.filters.http.jwt_authn"
 
-// Match reports whether a claim matches. A missing claim does not match; m.Invert inverts that as well.
-func (c *Claims) Match(m *mesh.MetadataMatcher) bool {
+// Match compares a claim. A missing claim does not match; m.Invert inverts that as well.
+func (c *Claims) Match(m *mesh.MetadataMatcher) match.Value {
 	if c == nil || m.Filter != filterName {
 		return match.Metadata(nil).Match(m)
 	}

@@ -45,7 +45,7 @@ type Text struct {
 	pattern    *regexp.Regexp // of MatchRegex; nil: it cannot be compiled
 
 	// Of patterns that istiod writes for namespaces and for any name. They need no regular expression.
-	within   string // not empty: the pattern is that of texts with this one
+	within   []byte // not empty: the pattern is that of texts with this one; not a string, whose conversion allocates
 	nonEmpty bool   // the pattern is that of all texts except the empty one
 }
 
@@ -56,7 +56,7 @@ func Compile(m *mesh.StringMatcher) Text {
 		t.pattern, t.nonEmpty = pattern(m.Text), m.Text == ".+"
 		if within, ok := strings.CutPrefix(m.Text, ".*"); ok && strings.HasSuffix(within, ".*") {
 			if within = within[:len(within)-2]; within == regexp.QuoteMeta(within) {
-				t.within = within
+				t.within = []byte(within)
 			}
 		}
 	}
@@ -88,8 +88,8 @@ func (t *Text) Match(b []byte) Value {
 	switch {
 	case t.nonEmpty:
 		return Of(len(b) > 0)
-	case t.within != "":
-		return Of(bytes.Contains(b, []byte(t.within)))
+	case len(t.within) > 0:
+		return Of(bytes.Contains(b, t.within))
 	}
 	return Of(t.pattern.Match(b))
 }
@@ -105,8 +105,8 @@ func (t *Text) MatchString(s string) Value {
 	switch {
 	case t.nonEmpty:
 		return Of(s != "")
-	case t.within != "":
-		return Of(strings.Contains(s, t.within))
+	case len(t.within) > 0:
+		return Of(strings.Contains(s, t.Want[2:len(t.Want)-2]))
 	}
 	return Of(t.pattern.MatchString(s))
 }

@@ -1,6 +1,8 @@
 package match
 
 import (
+	"fmt"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -57,40 +59,74 @@ func TestTexts(t *testing.T) {
 	}
 }
 
+func TestValuesHaveNames(t *testing.T) {
+	if got := fmt.Sprint(No, Unknown, Yes, Of(true), Of(false)); got != "no unknown yes yes no" {
+		t.Error(got)
+	}
+}
+
 func TestMetadata(t *testing.T) {
-	d := Metadata{"payload": map[string]any{"iss": "me", "list": []any{"a", 1.0}, "null": nil, "yes": true}}
+	d := Metadata{"payload": map[string]any{"iss": "me", "list": []any{"a", 1.0}, "null": nil, "yes": true, "lines": "a\nb", "raw": []any{"a\xff", "b"}}}
 	text := func(kind mesh.MatchKind, s string) mesh.ValueMatcher {
 		return mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Kind: kind, Text: s}}
 	}
 	for _, c := range []struct {
 		path  string
 		value mesh.ValueMatcher
-		want  bool
+		want  Value
 	}{
-		{"payload.iss", text(mesh.MatchExact, "me"), true},
-		{"payload.iss", text(mesh.MatchRegex, "m."), true},
-		{"payload.iss", text(mesh.MatchRegex, "("), false},
-		{"payload.iss.more", text(mesh.MatchExact, "me"), false},
-		{"payload.list", text(mesh.MatchExact, "a"), false},
-		{"payload.list", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "a")}}, true},
-		{"payload.list", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "b")}}, false},
-		{"payload.iss", mesh.ValueMatcher{Kind: mesh.ValueOr, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "x"), text(mesh.MatchPrefix, "m")}}, true},
-		{"payload.null", mesh.ValueMatcher{Kind: mesh.ValueNull}, true},
-		{"payload.none", mesh.ValueMatcher{Kind: mesh.ValueNull}, false},
-		{"payload.yes", mesh.ValueMatcher{Kind: mesh.ValueBool, Bool: true}, true},
-		{"payload.none", mesh.ValueMatcher{Kind: mesh.ValuePresence}, true},
-		{"payload.none", text(mesh.MatchExact, ""), false},
-		{"payload.iss", mesh.ValueMatcher{}, false},
+		{"payload.iss", text(mesh.MatchExact, "me"), Yes},
+		{"payload.iss", text(mesh.MatchRegex, "m."), Yes},
+		{"payload.iss", text(mesh.MatchRegex, "("), Unknown},
+		{"payload.iss.more", text(mesh.MatchExact, "me"), No},
+		{"payload.list", text(mesh.MatchExact, "a"), No},
+		{"payload.list", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "a")}}, Yes},
+		{"payload.list", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "b")}}, No},
+		{"payload.iss", mesh.ValueMatcher{Kind: mesh.ValueOr, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "x"), text(mesh.MatchPrefix, "m")}}, Yes},
+		{"payload.null", mesh.ValueMatcher{Kind: mesh.ValueNull}, Yes},
+		{"payload.none", mesh.ValueMatcher{Kind: mesh.ValueNull}, No},
+		{"payload.yes", mesh.ValueMatcher{Kind: mesh.ValueBool, Bool: true}, Yes},
+		{"payload.none", mesh.ValueMatcher{Kind: mesh.ValuePresence}, Yes},
+		{"payload.none", text(mesh.MatchExact, ""), No},
+		{"payload.iss", mesh.ValueMatcher{}, Unknown},
+		{"payload.list", mesh.ValueMatcher{Kind: mesh.ValueList}, Unknown},
+		{"payload.lines", text(mesh.MatchRegex, ".+"), Unknown},
+		{"payload.lines", mesh.ValueMatcher{Kind: mesh.ValueOr, Any: []mesh.ValueMatcher{text(mesh.MatchRegex, ".+"), text(mesh.MatchPrefix, "a")}}, Yes},
+		{"payload.lines", mesh.ValueMatcher{Kind: mesh.ValueOr, Any: []mesh.ValueMatcher{text(mesh.MatchRegex, ".+"), text(mesh.MatchPrefix, "b")}}, Unknown},
+		{"payload.raw", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchRegex, "a.*")}}, Unknown},
+		{"payload.iss", mesh.ValueMatcher{Kind: mesh.ValueOr, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "x"), text(mesh.MatchExact, "y")}}, No},
+		{"payload.raw", mesh.ValueMatcher{Kind: mesh.ValueList, Any: []mesh.ValueMatcher{text(mesh.MatchExact, "b")}}, Yes},
 	} {
 		m := &mesh.MetadataMatcher{Path: strings.Split(c.path, "."), Value: c.value}
 		inverted := *m
 		inverted.Invert = true
-		if got, not := d.Match(m), d.Match(&inverted); got != c.want || not == c.want {
+		if got, not := d.Match(m), d.Match(&inverted); got != c.want || not != -c.want {
 			t.Errorf("%s, %+v: %v, inverted %v; want %v", c.path, c.value, got, not, c.want)
 		}
 	}
 	prefix := &mesh.MetadataMatcher{Value: text(mesh.MatchPrefix, "istio-ext-authz")}
-	if !MatchText(prefix, "istio-ext-authz-ns", true) || MatchText(prefix, "istio-ext-authz-ns", false) || MatchText(prefix, "x", true) {
+	if MatchText(prefix, "istio-ext-authz-ns", true) != Yes || MatchText(prefix, "istio-ext-authz-ns", false) != No || MatchText(prefix, "x", true) != No {
 		t.Error("a text is not matched by its prefix")
+	}
+}
+
+// Expressions in matchers of metadata are kept within a bound, and compiled again after that.
+func TestKeptPatternsAreBounded(t *testing.T) {
+	for i := range maxPatterns + 20 {
+		text := strconv.Itoa(i)
+		m := &mesh.MetadataMatcher{Path: []string{"k"}, Value: mesh.ValueMatcher{
+			Kind: mesh.ValueText, Text: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: text + "y?"},
+		}}
+		for range 2 {
+			if is, more := (Metadata{"k": text}).Match(m), (Metadata{"k": text + "x"}).Match(m); is != Yes || more != No {
+				t.Fatalf("%d: %v and %v", i, is, more)
+			}
+		}
+		patterns.Lock()
+		kept, first := len(patterns.m), patterns.m[text+"y?"]
+		patterns.Unlock()
+		if kept > maxPatterns || compiled(&m.Value.Text) != first {
+			t.Fatalf("%d patterns are kept; the last one is compiled again: %v", kept, compiled(&m.Value.Text) != first)
+		}
 	}
 }

@@ -9,16 +9,23 @@ import (
 // Metadata has the values that one filter leaves about a request, in the form of JSON.
 type Metadata map[string]any
 
-// Match reports whether a value matches. A missing value does not match; m.Invert inverts that as well. Whether the values
-// are those of m.Filter is for the caller to decide.
-func (d Metadata) Match(m *mesh.MetadataMatcher) bool {
+// Match compares a value. A missing value does not match; m.Invert inverts that as well. Whether the values are those of
+// m.Filter is for the caller to decide.
+func (d Metadata) Match(m *mesh.MetadataMatcher) Value {
 	value, exists := d.lookup(m.Path)
-	return matches(&m.Value, value, exists) != m.Invert
+	return invert(m, matches(&m.Value, value, exists))
 }
 
 // MatchText is Match for a value that is a text without an object around it.
-func MatchText(m *mesh.MetadataMatcher, text string, exists bool) bool {
-	return matches(&m.Value, text, exists) != m.Invert
+func MatchText(m *mesh.MetadataMatcher, text string, exists bool) Value {
+	return invert(m, matches(&m.Value, text, exists))
+}
+
+func invert(m *mesh.MetadataMatcher, met Value) Value {
+	if m.Invert {
+		return -met
+	}
+	return met
 }
 
 // lookup returns the value at a path of keys.
@@ -36,42 +43,47 @@ func (d Metadata) lookup(path []string) (value any, exists bool) {
 	return value, exists
 }
 
-// matches reports whether a value matches.
-func matches(m *mesh.ValueMatcher, value any, exists bool) bool {
+// matches compares a value. A matcher that is not understood is Unknown.
+func matches(m *mesh.ValueMatcher, value any, exists bool) Value {
+	some := No
 	switch m.Kind {
 	case mesh.ValueNull:
-		return exists && value == nil
+		return Of(exists && value == nil)
 	case mesh.ValueText:
 		text, ok := value.(string)
-		return ok && exists && matchesText(&m.Text, text)
+		if !ok || !exists {
+			return No
+		}
+		return matchText(&m.Text, text)
 	case mesh.ValueBool:
 		truth, ok := value.(bool)
-		return ok && truth == m.Bool
+		return Of(ok && truth == m.Bool)
 	case mesh.ValuePresence:
-		return exists == m.Bool
+		return Of(exists == m.Bool)
 	case mesh.ValueList:
 		list, _ := value.([]any)
 		for _, element := range list {
-			if len(m.Any) == 1 && matches(&m.Any[0], element, true) {
-				return true
+			if len(m.Any) != 1 {
+				return Unknown
 			}
+			some = max(some, matches(&m.Any[0], element, true))
 		}
+		return some
 	case mesh.ValueOr:
 		for i := range m.Any {
-			if matches(&m.Any[i], value, exists) {
-				return true
-			}
+			some = max(some, matches(&m.Any[i], value, exists))
 		}
+		return some
 	}
-	return false
+	return Unknown
 }
 
-func matchesText(m *mesh.StringMatcher, text string) bool {
+func matchText(m *mesh.StringMatcher, text string) Value {
 	if m.Kind != mesh.MatchRegex {
 		t := literal(m)
-		return contains(&t, text)
+		return Of(contains(&t, text))
 	}
-	return compiled(m).MatchString(text) == Yes
+	return compiled(m).MatchString(text)
 }
 
 // maxPatterns bounds the patterns that are kept.

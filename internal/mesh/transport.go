@@ -371,6 +371,9 @@ func (d *decoder) validation(m wire.Message, t *commonTLS) {
 			for m := m.Message(); d.next(&m, &crlFields); {
 				t.crl.Path = m.String()
 			}
+			if t.crl.Path == "" { // it would count as no list
+				d.report(Security, "a revocation list without a file")
+			}
 		case 14:
 			t.crl.LeafOnly = m.Bool()
 		case 9:

@@ -20,8 +20,9 @@ var (
 // maxDryRunPorts bounds the families with the names of Envoy, which have the port.
 const maxDryRunPorts = 32
 
-// count counts the verdicts of a record.
-func (c *dryRuns) count(r *flow.Record) {
+// count counts the verdicts of a record. It reports whether there are any: those that select requests for external
+// authorization do not count.
+func (c *dryRuns) count(r *flow.Record) (found bool) {
 	for run := r.HTTP.DryRun; run != nil; run = run.Next {
 		action, ok := strings.CutPrefix(run.Prefix, flow.DryRunPrefix)
 		if i := slices.Index(dryRunActions[:], strings.TrimSuffix(action, "_")); ok && i >= 0 {
@@ -30,29 +31,40 @@ func (c *dryRuns) count(r *flow.Record) {
 				result = 1
 			}
 			c[i][result].Add(1)
+			found = true
 		}
 	}
+	return found
 }
 
 // dryRun counts the verdicts of a record, and those about inbound requests by their port as well.
 func (d *direction) dryRun(r *flow.Record) {
-	d.dryRuns.count(r)
-	if !r.IsRequest() || r.Direction != flow.Inbound {
+	if !d.dryRuns.count(r) || !r.IsRequest() || r.Direction != flow.Inbound {
 		return
 	}
-	port := r.OriginalDestination.Port()
+	if of := d.dryRunsOf(r.OriginalDestination.Port()); of != nil {
+		of.count(r)
+	}
+}
+
+// dryRunsOf returns the counts of a port; nil: there are too many ports.
+func (d *direction) dryRunsOf(port uint16) *dryRuns {
+	d.mu.RLock()
+	of, full := d.dryRunPorts[port], len(d.dryRunPorts) >= maxDryRunPorts
+	d.mu.RUnlock()
+	if of != nil || full {
+		return of
+	}
 	d.mu.Lock()
-	if d.dryRunPorts[port] == nil && len(d.dryRunPorts) < maxDryRunPorts {
+	defer d.mu.Unlock()
+	if of = d.dryRunPorts[port]; of == nil && len(d.dryRunPorts) < maxDryRunPorts {
 		if d.dryRunPorts == nil {
 			d.dryRunPorts = make(map[uint16]*dryRuns)
 		}
-		d.dryRunPorts[port] = new(dryRuns)
+		of = new(dryRuns)
+		d.dryRunPorts[port] = of
 	}
-	of := d.dryRunPorts[port]
-	d.mu.Unlock()
-	if of != nil {
-		of.count(r)
-	}
+	return of
 }
 
 // dryRuns adds the counts, also by the names of Envoy's counters under Istio.

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -101,7 +102,7 @@ func (r *Request) metadata(m *mesh.MetadataMatcher) bool {
 	if r.Metadata == nil {
 		return m.Invert
 	}
-	return r.Metadata.Match(m)
+	return r.Metadata.Match(m) == match.Yes
 }
 
 // header is a compiled mesh.HeaderMatcher.

@@ -9,6 +9,7 @@ package route
 import (
 	"net/netip"
 
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -31,6 +32,6 @@ type Request struct {
 
 // Metadata has values that filters left about a request, such as the claims of its token.
 type Metadata interface {
-	// Match reports whether a value matches. A missing value does not match; m.Invert inverts that as well.
-	Match(m *mesh.MetadataMatcher) bool
+	// Match compares a value. A missing value does not match; m.Invert inverts that as well.
+	Match(m *mesh.MetadataMatcher) match.Value
 }

@@ -116,6 +116,58 @@ func TestUnfinishedRecordsAreInTheBudget(t *testing.T) {
 	}
 }
 
+// Behind a load balancer all connections have its address. The records of its clients are not those of one peer, which would
+// be evicted in place of a client with more memory than any of them.
+func TestRecordsAreAttributedToTheClientOfALoadBalancer(t *testing.T) {
+	w, b := newWorld(t), budget.New(1<<20)
+	ended := make(chan error)
+	var clients []net.Conn
+	for i := range 3 {
+		far, near := w.pair(t)
+		clients = append(clients, far)
+		go func() {
+			if tls.Client(far, w.peer()).Handshake() == nil {
+				far.Write(append([]byte{23, 3, 3, 0x40, 0}, make([]byte, 16_000)...))
+			}
+		}()
+		e := &end{Conn: near, w: tcp.NewWaiter(t.Context())}
+		t.Cleanup(e.w.Close)
+		memory := Memory{b, netip.AddrFrom4([4]byte{203, 0, 113, byte(i)})}
+		if _, err := Server(e.w, near, nil, NewServer(w.mutual()), memory, time.Now().Add(nettest.Patience)); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			_, err := e.read(make([]byte, 100))
+			near.Reset()
+			ended <- err
+		}()
+		nettest.Eventually(t, "the record is accounted for", func() bool { return b.Used() >= (i+1)*16_000 })
+	}
+	all := b.Used()
+	owner := tcp.NewWaiter(t.Context())
+	defer owner.Close()
+	hold := func(i, n int) *budget.Account {
+		a := new(budget.Account)
+		a.Open(b, owner, netip.AddrFrom4([4]byte{198, 51, 100, byte(i)}))
+		t.Cleanup(a.Close)
+		a.Hold(n)
+		return a
+	}
+	others := 0
+	for ; b.Limit()-b.Used() >= all*3/4; others++ {
+		hold(others, all/6)
+	}
+	if most := hold(others, b.Limit()-b.Used()+1); !most.Evicted() || b.Evictions() != 1 {
+		t.Errorf("the client with the most memory is evicted: %v; %d evictions", most.Evicted(), b.Evictions())
+	}
+	for _, client := range clients {
+		client.Close()
+		if err := <-ended; errors.Is(err, budget.ErrEvicted) {
+			t.Errorf("a client with little memory ended with %v", err)
+		}
+	}
+}
+
 // An error of the system is not a violation of TLS by the peer.
 func TestErrorsOfTheSystemAreNotThePeers(t *testing.T) {
 	for number, want := range map[unix.Errno]Failure{

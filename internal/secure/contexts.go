@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
@@ -36,8 +37,10 @@ type Contexts struct {
 	trusts       generations[*mesh.Secret, Trust]
 }
 
-// NewContexts returns an empty Contexts.
-func NewContexts(source Source) *Contexts { return &Contexts{source: source} }
+// NewContexts returns an empty Contexts. log gets errors of files that the configuration names; it may be nil.
+func NewContexts(source Source, log *slog.Logger) *Contexts {
+	return &Contexts{source: source, files: identity.FileSecrets{Log: log}}
+}
 
 // Names that istiod gives to the workload's own certificate and roots, in the place of a secret.
 const (
@@ -294,7 +297,7 @@ func (c *Contexts) Presented(t *mesh.UpstreamTLS) []*x509.Certificate {
 	return []*x509.Certificate{certificate.Leaf}
 }
 
-// trustWith returns the current roots with a name, and the lists of a file. Without its file, nothing is trusted.
+// trustWith returns the current roots with a name, and the lists of a file. While the file cannot be used, no certificate is accepted.
 func (c *Contexts) trustWith(name string, crl mesh.CRL) (Trust, error) {
 	t, err := c.trust(name)
 	if t.LeafOnly = crl.LeafOnly; err != nil || crl.Path == "" {

@@ -11,7 +11,7 @@ import (
 // A server agrees on the protocol that begins with metadata only if its filter chain exchanges it: otherwise the workload
 // would receive it.
 func TestServersAgreeOnAnExchangeOfMetadataAsConfigured(t *testing.T) {
-	c := NewContexts(without{})
+	c := NewContexts(without{}, nil)
 	tcp := &mesh.DownstreamTLS{ALPN: []string{"istio-peer-exchange", "istio", "h2", "http/1.1"}, Certificates: []string{"default"}}
 	for _, test := range []struct {
 		exchanges       bool
@@ -44,7 +44,7 @@ func TestServersAgreeOnAnExchangeOfMetadataAsConfigured(t *testing.T) {
 // Names that no roots verify would be a claim of the server.
 func TestNamesWithoutRootsAreAnError(t *testing.T) {
 	names := []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: idOfServer}}}
-	if client, err := NewContexts(without{}).Client(&mesh.UpstreamTLS{Names: names}, TCP, ""); err == nil {
+	if client, err := NewContexts(without{}, nil).Client(&mesh.UpstreamTLS{Names: names}, TCP, ""); err == nil {
 		t.Errorf("accepted: %+v", client)
 	}
 }
@@ -62,7 +62,7 @@ func TestHostsOfAuthorities(t *testing.T) {
 
 // A configuration that needs the host of a request never does without it.
 func TestAContextThatNeedsAHostHasOne(t *testing.T) {
-	contexts := NewContexts(without{})
+	contexts := NewContexts(without{}, nil)
 	for inside, fails := range map[Inside]bool{HTTP1: true, HTTP2: true, TCP: false} {
 		if _, err := contexts.Client(&mesh.UpstreamTLS{Roots: "ca", HostName: true}, inside, ""); (err != nil) != fails {
 			t.Errorf("%v: %v", inside, err)

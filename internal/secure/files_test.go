@@ -37,7 +37,7 @@ func TestSecretsInFilesNeedNoControlPlane(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c := NewContexts(without{})
+	c := NewContexts(without{}, nil)
 	got, err := c.certificate("file-cert:" + directory + "/chain~" + directory + "/key")
 	if err != nil || string(got.Certificate[0]) != string(leaf.Certificate[0]) {
 		t.Errorf("error %v, or another certificate", err)

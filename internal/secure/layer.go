@@ -136,7 +136,7 @@ func handshake(w *tcp.Waiter, c *tcp.Conn, read *tcp.Buffer, memory Memory, dead
 	if err := l.proceed(session, server); err != nil {
 		return nil, failureOf(err)
 	}
-	c.SetBudget(memory.Budget)
+	c.SetBudget(memory.Budget, memory.Peer)
 	return session, nil
 }
 

@@ -41,7 +41,7 @@ func (p *pushed) push(t testing.TB, secrets ...[]byte) {
 // meet performs a handshake between a filter chain's TLS and a client.
 func (w *world) meet(t *testing.T, source Source, chain *mesh.DownstreamTLS, client *tls.Config) (*Session, error) {
 	t.Helper()
-	context, err := NewContexts(source).Server(chain, false)
+	context, err := NewContexts(source, nil).Server(chain, false)
 	if err != nil {
 		t.Fatal(err)
 	}

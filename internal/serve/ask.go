@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/jwt"
+	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
 )
@@ -115,7 +116,7 @@ func (r *Role) ask(e *mesh.ExtAuthz, q *extauthz.Question, before *question) *qu
 	case r.callouts == nil:
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNobodyAsks)})
 		asked.finish()
-	case e.PeerCert && q.SourceName != "" && q.Certificate == "":
+	case e.PeerCert && q.Certified && q.Certificate == "":
 		r.asking.failed.Add(1)
 		asked.answers = append(asked.answers, answered{e, extauthz.Failed(e, errNoCertificate)})
 		asked.finish()
@@ -244,7 +245,7 @@ func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.Chec
 	switch {
 	case e.Refused:
 		return route.Refused, nil
-	case e.Shadow, e.When != nil && !g.Match(e.When):
+	case e.Shadow, e.When != nil && g.Match(e.When) == match.No:
 		return nil, nil
 	}
 	before, _ := r.Check.(*question)
@@ -402,7 +403,7 @@ func (g *gate) question(r *httpforward.Request, body *mesh.AuthzBody, settings *
 func connectionQuestion(role *Role, s *authz.Subject, record *flow.Record) *extauthz.Question {
 	q := &extauthz.Question{Source: record.Downstream, Destination: s.Destination, ServerName: s.ServerName, At: time.Now()}
 	if len(s.Names) > 0 {
-		q.SourceName = s.Names[0]
+		q.Certified, q.SourceName = true, s.Names[0] // that is empty if the certificate has neither names nor a subject
 		if tls := record.SecurityOf(flow.Inbound); tls != nil && tls.PeerCertificate != nil {
 			q.Certificate = tls.PeerCertificate.PEM
 		}

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/callout"
@@ -161,5 +162,24 @@ func TestASeedDecidesWhetherAFilterAsks(t *testing.T) {
 	}
 	if drawn < requests*4/10 || drawn > requests*6/10 || both < requests*15/100 || both > requests*35/100 {
 		t.Errorf("of %d requests, a filter for half of them asks about %d, and two such filters about %d", requests, drawn, both)
+	}
+}
+
+// The certificate of an older connection is not known. A server that sees certificates would take it for a client without one, also
+// if the certificate has neither names nor a subject.
+func TestACertificateThatIsNotKnownIsNotShownAsNone(t *testing.T) {
+	role, e := askingRole(t, budget.New(1<<20))
+	role.mesh = &inForce{}
+	e.PeerCert = true
+	for _, c := range []struct {
+		names []string
+		fails bool
+	}{{nil, false}, {[]string{""}, true}, {[]string{"spiffe://a"}, true}} {
+		q := role.ask(e, connectionQuestion(role, &authz.Subject{Names: c.names}, &flow.Record{}), nil)
+		if q.Answered() != c.fails || c.fails && !errors.Is(q.answer(e).Err, errNoCertificate) {
+			t.Errorf("names %q: answered %v", c.names, q.Answered())
+		}
+		q.Cancel()
+		ended(t, q)
 	}
 }

@@ -74,7 +74,7 @@ func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
 			continue
 		case e.Refused:
 			return c.abandon(flow.MeshRefused, errRefusedServer)
-		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When)):
+		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When) != match.No):
 			continue
 		}
 		denial, ok := c.askAbout(e, s)
@@ -224,7 +224,7 @@ const (
 )
 
 // Match implements authz.Metadata, for what the filters so far have left.
-func (g *gate) Match(m *mesh.MetadataMatcher) bool {
+func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 	switch m.Filter {
 	case jwtFilter:
 		return g.claims.Match(m)

@@ -32,7 +32,7 @@ func TestRootsInAFileSeparateConnections(t *testing.T) {
 		edit.SetAssignment("far", &mesh.Assignment{Name: "far", Localities: []mesh.Locality{{Endpoints: []mesh.Endpoint{{Address: address, Weight: 1}}}}})
 		snapshot, _ := edit.Snapshot()
 		r := &Role{mesh: &inForce{snapshot}, allOptions: map[upstream.Options]*upstream.Options{}}
-		r.contexts = secure.NewContexts(r.mesh)
+		r.contexts = secure.NewContexts(r.mesh, nil)
 		r.securities.Store(&map[secured]*upstream.Security{})
 		options := &upstream.Options{}
 		secures := func() *upstream.Security { return r.security(tls, secure.HTTP1, snapshot, options, "") }

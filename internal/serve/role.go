@@ -180,7 +180,7 @@ func NewRole(config Config) (*Role, error) {
 	}
 	r.draining = r.engine.Draining
 	if r.mesh != nil {
-		r.contexts = secure.NewContexts(r.mesh)
+		r.contexts = secure.NewContexts(r.mesh, config.Log)
 		r.securities.Store(&map[secured]*upstream.Security{})
 		r.allOptions = map[upstream.Options]*upstream.Options{}
 	}

@@ -41,9 +41,8 @@ func (l *shadows) dryRun() (first *flow.DryRun) {
 	return first
 }
 
-// match reports whether a verdict matches. One by rules that are not understood may be any, and matches: a filter that looks
-// at it asks a server then.
-func (l *shadows) match(m *mesh.MetadataMatcher) bool {
+// match compares a verdict. One by rules that are not understood may be any: a filter that looks at it asks a server then.
+func (l *shadows) match(m *mesh.MetadataMatcher) match.Value {
 	key := ""
 	if len(m.Path) == 1 {
 		key = m.Path[0]
@@ -54,7 +53,7 @@ func (l *shadows) match(m *mesh.MetadataMatcher) bool {
 		switch {
 		case !ok || name != shadowPolicy && name != shadowResult:
 		case shadow.Refused:
-			return true
+			return match.Unknown
 		case name == shadowPolicy:
 			return match.MatchText(m, shadow.Matched, shadow.Matched != "")
 		default:

@@ -3,6 +3,7 @@ package tcp
 import (
 	"errors"
 	"io"
+	"net/netip"
 	"os"
 	"time"
 
@@ -94,6 +95,7 @@ type layered struct {
 	label any // see SetLabel
 
 	budget  *budget.Budget  // see SetBudget
+	peer    netip.Addr      // whose memory it is
 	account *budget.Account // of budget; nil: nothing to report so far
 }
 
@@ -153,9 +155,10 @@ func (c *Conn) Label() any {
 // Replace sets the connection's layer. The former one has passed on everything that it has read.
 func (s *Socket) Replace(layer Layer) { s.c.layer.Layer = layer }
 
-// SetBudget attributes to the peer what the connection's layer holds during waits. If the connection is evicted, reads and writes
-// fail with budget.ErrEvicted, and a wait ends as with a reset.
-func (c *Conn) SetBudget(b *budget.Budget) { c.layer.budget = b }
+// SetBudget attributes to peer what the connection's layer holds during waits. The socket's own peer may be a load balancer with
+// the connections of many. If the connection is evicted, reads and writes fail with budget.ErrEvicted, and a wait ends as with
+// a reset.
+func (c *Conn) SetBudget(b *budget.Budget, peer netip.Addr) { c.layer.budget, c.layer.peer = b, peer }
 
 // ordinaryHeld is what a connection with a layer may hold without a report.
 const ordinaryHeld = 4 << 10
@@ -179,7 +182,7 @@ func (l *layered) report(c *Conn) bool {
 			return false
 		}
 		l.account = new(budget.Account)
-		l.account.Open(l.budget, (*evictable)(c), c.remote)
+		l.account.Open(l.budget, (*evictable)(c), l.peer)
 	}
 	l.account.Hold(n)
 	return l.checkEvicted()

@@ -13,6 +13,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
+// client is the peer of the tests' connections, behind a load balancer.
+var client = netip.MustParseAddr("203.0.113.1")
+
 // bystander is an owner that is not to be evicted.
 type bystander struct{ t *testing.T }
 
@@ -42,7 +45,7 @@ func exhaust(t *testing.T, b *budget.Budget) (n int) {
 // A peer that sends the beginning of a record holds memory for as long as the connection waits.
 func TestAnUnfinishedRecordIsInTheBudget(t *testing.T) {
 	r, b := newLayerRig(t), budget.New(heldLimit)
-	r.conn.SetBudget(b)
+	r.conn.SetBudget(b, client)
 	if _, err := r.peer.TCPConn.Write(append([]byte{'D', 0xff, 0xff}, make([]byte, heldLeast)...)); err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +81,7 @@ func TestUnsentBytesOfAClosedConnectionAreInTheBudget(t *testing.T) {
 	for len(r.fill(t, random(64<<20))) > 0 { // the kernels may find room after it
 		r.w.Wait(time.Now().Add(20*time.Millisecond), r.conn, nil)
 	}
-	r.conn.SetBudget(b)
+	r.conn.SetBudget(b, client)
 	r.conn.Close()
 	nettest.Eventually(t, "the connection is evicted", func() bool { return b.Evictions() == 1 && b.Used() == 0 })
 	if _, err := io.ReadAll(r.peer); !errors.Is(err, syscall.ECONNRESET) {
@@ -89,7 +92,7 @@ func TestUnsentBytesOfAClosedConnectionAreInTheBudget(t *testing.T) {
 // Discarded bytes are not decoded, and take no memory.
 func TestInputIsDiscarded(t *testing.T) {
 	r, b := newLayerRig(t), budget.New(heldLimit)
-	r.conn.SetBudget(b)
+	r.conn.SetBudget(b, client)
 	const size = 3 << 20
 	sent := make(chan error, 1)
 	go func() {

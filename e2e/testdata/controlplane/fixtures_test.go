@@ -41,7 +41,7 @@ import (
 // (pilot/pkg/security/authz/builder/testdata of istio eed52ebb66ad). Files that differ in the name only are left out.
 
 // fixtures returns the files of one kind, http or tcp, by their names.
-func fixtures(t *testing.T, kind string) map[string][]byte {
+func fixtures(t testing.TB, kind string) map[string][]byte {
 	t.Helper()
 	file, err := os.Open("testdata/authz.tgz")
 	if err != nil {
@@ -72,7 +72,7 @@ func fixtures(t *testing.T, kind string) map[string][]byte {
 }
 
 // parseFixture returns the filter in a file, in a message of its type.
-func parseFixture[T proto.Message](t *testing.T, text []byte, filter T) T {
+func parseFixture[T proto.Message](t testing.TB, text []byte, filter T) T {
 	t.Helper()
 	if err := protojson.Unmarshal(text, filter); err != nil {
 		t.Fatal(err)
@@ -429,7 +429,7 @@ func (c client) Len() int { return len(c.header) }
 func (c client) At(i int) (name, value []byte) { return []byte(c.header[i][0]), []byte(c.header[i][1]) }
 
 // Match implements authz.Metadata.
-func (c client) Match(m *mesh.MetadataMatcher) bool {
+func (c client) Match(m *mesh.MetadataMatcher) match.Value {
 	if m.Filter != "envoy.filters.http.jwt_authn" {
 		return match.Metadata(nil).Match(m)
 	}
