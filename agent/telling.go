@@ -117,8 +117,9 @@ func (t *telling) reach(transport func(cluster string, http2 bool) http.RoundTri
 	}
 }
 
-// follow lets go of the access logs that other listeners had.
+// follow lets go of the access logs and the receivers of spans that other listeners had.
 func (t *telling) follow(s *mesh.Snapshot) {
+	t.spans.exporters.Keep(s.Tracings())
 	if t.planned != nil {
 		t.planned.Keep(s.AccessLogs())
 	}

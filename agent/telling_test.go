@@ -269,18 +269,15 @@ type lateReceiver string
 func (l lateReceiver) Close(context.Context) {}
 
 func (l lateReceiver) Send(ctx context.Context, _ []byte) ([]byte, error) {
-	for ctx.Err() == nil {
+	nettest.Within(nettest.Patience, func() bool {
 		open := false
 		descriptors, _ := os.ReadDir("/proc/self/fd")
 		for _, d := range descriptors {
 			target, _ := os.Readlink("/proc/self/fd/" + d.Name())
 			open = open || target == string(l)
 		}
-		if !open {
-			return nil, nil
-		}
-		time.Sleep(time.Millisecond)
-	}
+		return !open || ctx.Err() != nil
+	})
 	return nil, ctx.Err()
 }
 

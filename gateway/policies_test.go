@@ -171,20 +171,23 @@ func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
 		}
 		r.Await(t)
 	}
+	r.Follow(true)
 	refused := edge(0)
 	refused.Policies = []mesh.NetworkFilter{{Name: "rbac", RBAC: deny(anything, anything).RBAC}}
 	r.listen(refused)
 	if status, _ := conn.ask(t, "/", ""); status != 403 {
 		t.Errorf("with a policy of connections: status %d, want 403", status)
 	}
-	r.Await(t)
+	if record := r.Await(t); record.Explanation != deniedByAll {
+		t.Errorf("with a policy of connections the explanation is %q", record.Explanation)
+	}
 	other := r.client(t)
 	servetest.Send(t, other, "GET / HTTP/1.1\r\nHost: web\r\n\r\n")
 	other.SetReadDeadline(time.Now().Add(nettest.Patience))
 	if n, err := other.Read(make([]byte, 1)); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a new connection: %d bytes, %v; want a reset", n, err)
 	}
-	if record := r.Await(t); record.Reason != flow.PolicyDenied {
+	if record := r.Await(t); record.Reason != flow.PolicyDenied || record.Explanation != deniedByAll {
 		t.Errorf("a new connection ends by %v", record.Reason)
 	}
 	conn.Close()
@@ -340,6 +343,7 @@ func TestTheEdgeIsThatOfTheEndOfAHead(t *testing.T) {
 // A policy that is pushed later ends a connection of bytes that it denies, and no other one.
 func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
 	r := newRig(t)
+	r.Follow(true)
 	conns := r.Listen(t, "9001")
 	r.cluster("tcp", 9001)
 	bytes := func(filters ...mesh.NetworkFilter) *mesh.FilterChain {
@@ -355,10 +359,12 @@ func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
 	servetest.Expect(t, server, "goes on")
 	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, anything).RBAC}))
 	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
-	if got := r.Await(t); got.Reason != flow.PolicyDenied {
+	if got := r.Await(t); got.Reason != flow.PolicyDenied || got.Explanation != deniedByAll {
 		t.Errorf("the record is %+v", got)
 	}
 }
+
+const deniedByAll = "p: applies, since anything and anything" // the explanation of a policy that denies everything
 
 // A policy that asks a server about connections, and is pushed later, counts for open connections of HTTP: they were not asked
 // about, so they end.

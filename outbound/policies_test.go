@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -51,11 +52,13 @@ func TestPoliciesApplyBeforeRoutes(t *testing.T) {
 		Name: "p", Principal: mesh.Condition{Kind: mesh.ConditionTrue},
 		Permission: mesh.Condition{Kind: mesh.ConditionPath, Text: &mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "/admin"}},
 	}}}}})
+	r.Follow(true)
 	c := r.client(t)
 	for target, want := range map[string]int{"/": 200, "/admin": 403, "//admin": 403, "/x/../admin": 403, "/%61dmin": 403} {
 		status, _ := c.ask(t, target)
-		if got := r.Await(t); status != want || (got.Reason == flow.PolicyDenied) != (want == 403) {
-			t.Errorf("%s: %d, %v; want %d", target, status, got.Reason, want)
+		got := r.Await(t)
+		if status != want || (got.Reason == flow.PolicyDenied) != (want == 403) || strings.HasPrefix(got.Explanation, "p: applies, since path") != (want == 403) {
+			t.Errorf("%s: %d, %v, %q; want %d", target, status, got.Reason, got.Explanation, want)
 		}
 	}
 	if status, body := c.ask(t, "/admin/../x//y"); status != 200 || body != "/x/y" {

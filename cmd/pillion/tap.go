@@ -34,6 +34,8 @@ duration, the bytes, the host or destination, the request or protocol, and for a
 Filters combine: a record must match all of them. A host is the host of a request, with or without its port, or the server
 name of a TLS connection. Records that end faster than they can be shown are skipped, and counted on standard error.
 
+What a policy denies is followed by a line for each policy, up to 16, indented: why it applies or not.
+
 On a terminal each record takes one line of its width, q quits, and the number of records is printed at the end.
 
   pillion tap --direction outbound --status 5xx
@@ -152,7 +154,7 @@ func (t *tapped) follow(body io.Reader) error {
 			_, err = fmt.Fprintf(t.out, "%s\n", line)
 		default:
 			columns, _ := terminal.Size(t.out)
-			_, err = fmt.Fprintln(t.out, terminal.Record(tapped.Record, paint, aligned, columns))
+			_, err = fmt.Fprintln(t.out, terminal.Record(tapped.Record, paint, aligned, columns)+terminal.Policies(tapped.Record))
 		}
 		t.records++
 		if tapped.Failed {

@@ -3,6 +3,8 @@ package authz
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/match"
@@ -23,10 +25,62 @@ func (p *Policy) Explain(s *Subject) []Reason {
 	}
 	reasons := make([]Reason, len(p.enforced.policies))
 	for i := range p.enforced.policies {
-		policy := &p.enforced.policies[i]
-		reasons[i] = Reason{policy.name, policy.met(s).String(), policy.why(s)}
+		reasons[i] = p.enforced.policies[i].explain(s)
 	}
 	return reasons
+}
+
+func (p *policy) explain(s *Subject) Reason { return Reason{p.name, p.met(s).String(), p.why(s)} }
+
+// String returns r as one line.
+func (r *Reason) String() string {
+	applies := map[string]string{"yes": "applies", "no": "does not apply", "unknown": "may apply"}[r.Met]
+	return r.Policy + ": " + applies + ", since " + r.Why
+}
+
+// Bounds of an explanation.
+const (
+	maxExplained = 16      // policies
+	maxLine      = 1 << 10 // bytes of a policy's line
+	maxDenial    = 4 << 10 // bytes of all lines
+	maxShown     = 128     // bytes of a value
+	cutMark      = "…"
+)
+
+// Denial explains why the enforced policies deny s, a line for each policy. The first policies that fit the bounds are
+// explained, the one that matches before the others, and the rest is counted. It allocates.
+func (p *Policy) Denial(s *Subject) string {
+	if p.refused || p.enforced.refused {
+		return "the policies have a part that is not supported"
+	}
+	policies, matched := p.enforced.policies, p.enforced.judge(s).Matched
+	if len(policies) == 0 {
+		return "there is no policy that allows anything"
+	}
+	var lines []string
+	room := maxDenial
+	for _, matching := range []bool{true, false} {
+		for i := range policies {
+			if (policies[i].name == matched) != matching {
+				continue
+			}
+			reason := policies[i].explain(s)
+			line := cut(reason.String(), maxLine)
+			if room -= len(line); len(lines) == maxExplained || room < 0 {
+				return strings.Join(append(lines, fmt.Sprintf("and %d more", len(policies)-len(lines))), "\n")
+			}
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+// cut shortens text to a number of bytes.
+func cut(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most-len(cutMark)], "") + cutMark
 }
 
 // why names the first condition that is not met with certainty, or both conditions.
@@ -61,9 +115,11 @@ func (c *condition) why(s *Subject) string {
 		}
 	case mesh.ConditionAll, mesh.ConditionAny:
 		var parts []string
-		for i := range c.of {
+		for i, size := 0, 0; i < len(c.of) && size < maxLine; i++ { // the rest would be cut
 			if c.of[i].met(s) == met {
-				parts = append(parts, c.of[i].why(s))
+				part := c.of[i].why(s)
+				size += len(part)
+				parts = append(parts, part)
 			}
 		}
 		joint := " and "
@@ -88,12 +144,12 @@ func (c *condition) found(s *Subject) string {
 	case mesh.ConditionClient:
 		return "client address " + known(s.Client)
 	case mesh.ConditionServerName:
-		return fmt.Sprintf("server name %q", s.ServerName)
+		return "server name " + quoted(s.ServerName)
 	case mesh.ConditionPrincipal:
 		if !s.Secured {
 			return "principal of a connection without mutual TLS"
 		}
-		return fmt.Sprintf("principal %q", s.Names)
+		return fmt.Sprintf("principal %.*q", maxShown, s.Names[:min(len(s.Names), 4)])
 	}
 	if s.Request == nil {
 		return "a request, which is not looked at,"
@@ -104,12 +160,29 @@ func (c *condition) found(s *Subject) string {
 		if !present {
 			return "header " + c.Header.Name + ", which is absent,"
 		}
-		return fmt.Sprintf("header %s %q", c.Header.Name, value)
+		if isSecret(c.Header.Name) {
+			return "header " + c.Header.Name + ", whose value is not shown,"
+		}
+		return "header " + c.Header.Name + " " + quoted(head(value))
 	case mesh.ConditionMetadata:
 		return "metadata " + c.Metadata.Filter + "/" + strings.Join(c.Metadata.Path, ".")
 	}
-	return fmt.Sprintf("path %q", pathOnly(s.Request.Path))
+	return "path " + quoted(head(pathOnly(s.Request.Path)))
 }
+
+// quoted returns the beginning of a text in quotes.
+func quoted(text string) string { return strconv.Quote(cut(text, maxShown)) }
+
+// head returns as much of a value as quoted looks at.
+func head(value []byte) string { return string(value[:min(len(value), maxShown+1)]) }
+
+// isSecret reports whether a header field may have a credential.
+func isSecret(name string) bool {
+	name = strings.ToLower(name)
+	return !strings.HasPrefix(name, ":") && slices.ContainsFunc(secrets[:], func(word string) bool { return strings.Contains(name, word) })
+}
+
+var secrets = [...]string{"auth", "cookie", "token", "secret", "password", "key", "session", "jwt", "credential", "signature"}
 
 // known returns the text of an address that a question may lack.
 func known(a netip.Addr) string {
@@ -154,7 +227,9 @@ func (c *condition) wantedHeader() string {
 	case mesh.HeaderRange:
 		wanted = fmt.Sprintf("in %d-%d", h.Start, h.End-1)
 	default:
-		wanted = describe(&c.text)
+		if wanted = describe(&c.text); isSecret(h.Name) {
+			wanted = "as demanded"
+		}
 	}
 	if h.Invert {
 		return "other than " + wanted
@@ -168,5 +243,5 @@ func describe(t *match.Text) string {
 		mesh.MatchExact: "equal to", mesh.MatchPrefix: "with prefix", mesh.MatchSuffix: "with suffix",
 		mesh.MatchContains: "with", mesh.MatchRegex: "a match of",
 	}[t.Kind]
-	return fmt.Sprintf("%s %q", kind, t.Want)
+	return kind + " " + quoted(t.Want)
 }

@@ -371,7 +371,7 @@ func (w *walk) judge(name, per string, rbac *mesh.RBAC, check *mesh.ExtAuthz) bo
 		verdict := policy.Judge(subject)
 		v := Verdict{Name: name, Per: per, Verdict: "allowed"}
 		for _, reason := range policy.Explain(subject) {
-			v.Reasons = append(v.Reasons, fmt.Sprintf("%s: %s, since %s", reason.Policy, met[reason.Met], reason.Why))
+			v.Reasons = append(v.Reasons, reason.String())
 		}
 		if verdict.Denied {
 			v.Verdict = "denied"
@@ -398,8 +398,6 @@ func (w *walk) verify(name string, tokens *mesh.JWT, required jwt.Requirement) b
 	w.Verdicts = append(w.Verdicts, v)
 	return result.Reply == nil
 }
-
-var met = map[string]string{"yes": "applies", "no": "does not apply", "unknown": "may apply"}
 
 func (w *walk) subject(ofRequest bool) *authz.Subject {
 	s := &authz.Subject{Destination: w.info.Destination, Peer: w.question.Source, Client: w.question.Source, ServerName: w.info.ServerName}

@@ -224,12 +224,27 @@ type Request struct {
 	ServiceTime                 time.Duration // from the end of the dial to the head of the response; with Status from upstream
 }
 
-// DryRun is the verdict about a request of policies that are not enforced. It is never modified.
+// DryRun is the verdict about a request of policies that are not enforced, or of those that have denied it. It is never
+// modified.
 type DryRun struct {
 	Prefix string // of the names under which Envoy keeps the verdict in metadata
 	Policy string // that decided; empty: no policy did
 	Denied bool
 	Next   *DryRun // that of a later filter; nil: there is none
+
+	// Enforced explains a denial by policies that are enforced, a line for each. One verdict has it at most. Its Prefix is
+	// empty.
+	Enforced string
+}
+
+// Explanation returns the Enforced of the verdict that has it; empty: there is none. d may be nil.
+func (d *DryRun) Explanation() string {
+	for ; d != nil; d = d.Next {
+		if d.Enforced != "" {
+			return d.Enforced
+		}
+	}
+	return ""
 }
 
 // DryRunPrefix begins the prefixes of policies with istio.io/dry-run. The action follows, and an underscore.

@@ -1,12 +1,16 @@
 package flow
 
-import "sync"
+import (
+	"slices"
+	"sync"
+)
 
 // Table lists the open connections and passes each closed record to the sinks. Make it with NewTable. It is safe for
 // concurrent use.
 type Table struct {
 	sinks   []Sink
 	openers []Opener
+	watched []watched
 
 	mu    sync.Mutex
 	first *Record
@@ -27,6 +31,9 @@ type Opener interface {
 	Opened(*Record)
 }
 
+// watched is a Sink whose readers may follow records. Followed may be called from any goroutine.
+type watched interface{ Followed() bool }
+
 // NewTable returns a table that calls the sinks in the given order.
 func NewTable(sinks ...Sink) *Table {
 	t := &Table{sinks: sinks}
@@ -34,8 +41,16 @@ func NewTable(sinks ...Sink) *Table {
 		if opener, ok := sink.(Opener); ok {
 			t.openers = append(t.openers, opener)
 		}
+		if w, ok := sink.(watched); ok {
+			t.watched = append(t.watched, w)
+		}
 	}
 	return t
+}
+
+// Followed reports whether a reader follows records as they close: explanations are made only then.
+func (t *Table) Followed() bool {
+	return slices.ContainsFunc(t.watched, watched.Followed)
 }
 
 // List makes a connection visible to Each until it is closed or leaves. Its owner has set Direction, Opened, Downstream

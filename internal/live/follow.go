@@ -59,6 +59,9 @@ func (f *following) leave(who *follower) {
 	f.all.Store(&all)
 }
 
+// Followed reports whether a page or a tap follows records.
+func (v *View) Followed() bool { return v.following.all.Load() != nil }
+
 func (f *following) list() []*follower {
 	if all := f.all.Load(); all != nil {
 		return *all

@@ -28,6 +28,7 @@ type Record struct {
 	Flags       string    `json:"flags,omitempty"`      // Envoy's response flags
 	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details
 	DryRun      string    `json:"dryRun,omitempty"`     // what policies that are not enforced would do
+	Policies    string    `json:"policies,omitempty"`   // why they deny it, a line for each, if a reader followed records then
 	Reason      string    `json:"reason"`               // a flow.Reason
 	Failed      bool      `json:"failed,omitempty"`     // it counts as an error
 	Failure     string    `json:"failure,omitempty"`    // why the dial failed
@@ -169,6 +170,7 @@ func (e *entry) record() Record {
 		Flags:       e.flags,
 		Details:     e.details,
 		DryRun:      e.dryRun.String(),
+		Policies:    e.dryRun.Explanation(),
 		Reason:      string(e.reason),
 		Failed:      e.failed,
 		Failure:     e.failure,
@@ -239,6 +241,7 @@ func Of(r *flow.Record) Record {
 		Flags:       r.Flags(),
 		Details:     r.Details(),
 		DryRun:      r.HTTP.DryRun.String(),
+		Policies:    r.HTTP.DryRun.Explanation(),
 		Reason:      string(r.Reason),
 		Failed:      failure(r) != noFailure,
 		Failure:     r.TransportFailure,

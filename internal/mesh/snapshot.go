@@ -140,6 +140,29 @@ func (s *Snapshot) AccessLogs() iter.Seq[[]AccessLog] {
 	}
 }
 
+// Tracings yields how the requests of the filter chains are traced. Many of the values are the same.
+func (s *Snapshot) Tracings() iter.Seq[*Tracing] {
+	return func(yield func(*Tracing) bool) {
+		for _, shard := range s.listeners {
+			for _, l := range shard {
+				if !l.Default.trace(yield) {
+					return
+				}
+				for _, c := range l.Chains {
+					if !c.trace(yield) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
+// trace yields how the chain's requests are traced, if they are. c may be nil.
+func (c *FilterChain) trace(yield func(*Tracing) bool) bool {
+	return c == nil || c.HTTP == nil || c.HTTP.Tracing == nil || yield(c.HTTP.Tracing)
+}
+
 // RouteTables yields the routes that are resources of their own by their names, in order.
 func (s *Snapshot) RouteTables() iter.Seq2[string, *Routes] { return s.routes.all() }
 

@@ -162,3 +162,33 @@ func TestEndpointsAndRoutesMayBeTheResourcesOwn(t *testing.T) {
 		t.Error("other routes")
 	}
 }
+
+// Receivers of spans whose listeners are gone are left, so those of all chains count.
+func TestTracingsAreThoseOfAllChains(t *testing.T) {
+	all := []*Tracing{{MaxPath: 1}, {MaxPath: 2}, {MaxPath: 3}}
+	traced := func(i int) *FilterChain { return &FilterChain{HTTP: &HTTPManager{Tracing: all[i]}} }
+	edit := new(Snapshot).Edit()
+	edit.SetListener("a", &Listener{Default: traced(0), Chains: []*FilterChain{{}, {HTTP: &HTTPManager{}}, traced(1)}})
+	edit.SetListener("b", &Listener{Chains: []*FilterChain{traced(2)}})
+	s, _ := edit.Snapshot()
+	seen := map[*Tracing]bool{}
+	for one := range s.Tracings() {
+		seen[one] = true
+	}
+	for _, one := range all {
+		if !seen[one] {
+			t.Errorf("the tracing with paths of %d is not yielded", one.MaxPath)
+		}
+	}
+	for i := range all { // an iteration may end anywhere: going on after it panics
+		n := 0
+		for range s.Tracings() {
+			if n++; n > i {
+				break
+			}
+		}
+	}
+	if len(seen) != len(all) {
+		t.Errorf("%d tracings, want %d", len(seen), len(all))
+	}
+}

@@ -82,6 +82,13 @@ func (a *accepted) isBarred(s *mesh.Snapshot) bool {
 // deniedByPolicy reports whether a policy of connections in force denies the connection.
 func (a *accepted) deniedByPolicy() bool { return a.gone() && a.denied }
 
+// explain explains that a policy of connections denies the connection.
+func (a *accepted) explain(l *shadows) {
+	if chain := a.role.mesh.Snapshot().GatewayChain(&a.info); chain != nil {
+		l.explain(a.role, a.subject, chain.Policies...)
+	}
+}
+
 // late reports whether a connection whose listener is removed follows it no longer.
 func (a *accepted) late() bool { return a.gone() && time.Since(a.since) > removalGrace }
 

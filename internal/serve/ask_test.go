@@ -175,11 +175,13 @@ func TestACertificateThatIsNotKnownIsNotShownAsNone(t *testing.T) {
 		names []string
 		fails bool
 	}{{nil, false}, {[]string{""}, true}, {[]string{"spiffe://a"}, true}} {
-		q := role.ask(e, connectionQuestion(role, &authz.Subject{Names: c.names}, &flow.Record{}), nil)
-		if q.Answered() != c.fails || c.fails && !errors.Is(q.answer(e).Err, errNoCertificate) {
-			t.Errorf("names %q: answered %v", c.names, q.Answered())
-		}
+		about := connectionQuestion(role, &authz.Subject{Names: c.names}, &flow.Record{})
+		about.Request = &extauthz.Request{Method: "GET", Host: "a", Path: "/"}
+		q := role.ask(e, about, nil)
 		q.Cancel()
 		ended(t, q)
+		if a := q.answer(e); !a.Denied || errors.Is(a.Err, errNoCertificate) != c.fails {
+			t.Errorf("names %q: %+v", c.names, a)
+		}
 	}
 }

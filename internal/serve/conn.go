@@ -331,18 +331,19 @@ func (c *Conn) relay() {
 		PaceUp:           relay.NewPace(c.rate),
 	}
 	c.limits(&options)
+	var explain func(*shadows) // with options.Denied
 	if c.governed != nil && c.role.direction == flow.Inbound {
 		judge := c.rejudge()
 		options.Retired, options.Retirement = judge.denied, opaqueRetirement
 		if c.role.rejudges {
-			options.Denied = judge.deniedByPolicy
+			options.Denied, explain = judge.deniedByPolicy, judge.explain
 		}
 	}
 	if c.role.gateway {
 		accepted := c.accepted()
 		options.Retired, options.Retirement = accepted.gone, opaqueRetirement
 		if c.role.rejudges {
-			options.Denied = accepted.deniedByPolicy
+			options.Denied, explain = accepted.deniedByPolicy, accepted.explain
 		}
 	}
 	c.role.flows.Carry(c.Record, c.protocol.Flow(), c.hello())
@@ -357,6 +358,7 @@ func (c *Conn) relay() {
 		err = errRetired
 	case reason == flow.PolicyDenied:
 		err = errDeniedLater
+		c.explainDenial(explain)
 	case errors.Is(err, budget.ErrEvicted):
 		reason = flow.MemoryBudget
 	}

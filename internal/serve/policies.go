@@ -35,8 +35,8 @@ func (c *Conn) Authorize() bool {
 		return true
 	}
 	subject := c.subject()
-	c.recordDryRuns(g.chain.Policies, &subject)
-	if policy, denied := authorize(g.chain.Policies, &subject); denied {
+	policy, denied := authorize(g.chain.Policies, &subject)
+	if c.recordVerdicts(g.chain.Policies, &subject, denied); denied {
 		return c.abandon(flow.PolicyDenied, deniedBy(policy))
 	}
 	if g.asked == g.chain && g.askedSecured == g.secured {
@@ -46,18 +46,34 @@ func (c *Conn) Authorize() bool {
 	return c.authorizeByServers(g, &subject)
 }
 
-// recordDryRuns records the verdicts about a connection of policies that are not enforced, without those that select
-// connections for external authorization.
-func (c *Conn) recordDryRuns(policies []mesh.NetworkFilter, s *authz.Subject) {
+// recordVerdicts records the verdicts about a connection of policies that are not enforced, without those that select
+// connections for external authorization, and explains that others have denied it.
+func (c *Conn) recordVerdicts(policies []mesh.NetworkFilter, s *authz.Subject, denied bool) {
 	var dry shadows
+	if denied {
+		dry.explain(c.role, s, policies...)
+	}
 	for i := range policies {
 		if r := policies[i].RBAC; r != nil && strings.HasPrefix(r.ShadowPrefix, flow.DryRunPrefix) {
 			dry.add(r, s)
 		}
 	}
-	if len(dry.list) > 0 {
-		c.Record.SetDryRun(dry.dryRun())
+	if verdicts := dry.dryRun(); verdicts != nil {
+		c.Record.SetDryRun(verdicts)
 	}
+}
+
+// explainDenial explains the denial of a connection that was carried. The connection leaves the table first, because its
+// readers read the record.
+func (c *Conn) explainDenial(explain func(*shadows)) {
+	var l shadows
+	if explain(&l); l.denial == "" {
+		return
+	}
+	c.role.flows.Leave(c.Record)
+	verdict := l.dryRun()
+	verdict.Next = c.Record.HTTP.DryRun
+	c.Record.SetDryRun(verdict)
 }
 
 // authorizeByServers asks the servers of a chain's policies about the connection.
@@ -255,6 +271,7 @@ func (g *gate) authorize(h *mesh.HTTPManager, r *httpforward.Request, rbac *mesh
 	}
 	g.shadows.add(rbac, &g.subject)
 	if v := policy.Judge(&g.subject); v.Denied {
+		g.shadows.explain(g.role, &g.subject, mesh.NetworkFilter{RBAC: rbac})
 		return denial(v.Matched)
 	}
 	return nil

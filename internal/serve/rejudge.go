@@ -77,7 +77,10 @@ func (c *Conn) rejudge() *rejudge {
 func (r *rejudge) Route(request *httpforward.Request) (decision httpforward.Decision) {
 	r.look()
 	reply, changed := r.refusal, false
-	if reply == nil && r.chain != nil && r.chain.HTTP != nil {
+	if reply != nil {
+		r.gate.shadows.clear()
+		r.explain(&r.gate.shadows)
+	} else if r.chain != nil && r.chain.HTTP != nil {
 		var waits *question
 		if changed, reply, waits = r.gate.pass(r.judged, r.chain.HTTP, request); waits != nil {
 			r.gate.await(waits, &decision)
@@ -117,6 +120,13 @@ func (r *rejudge) denied() bool { return r.Retired() || r.refusal != nil }
 func (r *rejudge) deniedByPolicy() bool {
 	r.look()
 	return r.refusal != nil && r.refusal.Reason == flow.PolicyDenied
+}
+
+// explain explains that a policy of connections denies the connection.
+func (r *rejudge) explain(l *shadows) {
+	if r.refusal != nil && r.refusal.Reason == flow.PolicyDenied {
+		l.explain(r.role, &r.gate.subject, r.chain.Policies...)
+	}
 }
 
 var errDeniedLater = errors.New("a policy that has changed since the connection began denies it")

@@ -118,7 +118,7 @@ func (r *routing) Route(q *httpforward.Request) httpforward.Decision {
 	s := r.look()
 	switch {
 	case r.refused != nil:
-		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded}
+		return httpforward.Decision{Reply: r.refused, Tracing: r.traced, Telemetry: r.recorded, DryRun: r.explain()}
 	case r.role.gateway && q.Previous == nil && q.Check == nil && r.accepted.late():
 		return httpforward.Decision{Reply: refusedChain, Tracing: r.traced, Telemetry: r.recorded}
 	case !q.Entered && edgeOf(r.manager) != nil: // it arrived under a configuration that has left its client's fields

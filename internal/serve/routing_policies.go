@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
@@ -23,6 +24,18 @@ func (r *routing) admit(s *mesh.Snapshot, chain *mesh.FilterChain) {
 	} else if judges {
 		r.gate = &gate{role: r.role, subject: subject}
 	}
+}
+
+// explain explains that a policy of connections refuses the requests of the connection; nil: it does not, or records are not followed.
+func (r *routing) explain() *flow.DryRun {
+	if r.refused.Reason != flow.PolicyDenied || !r.role.flows.Followed() {
+		return nil
+	}
+	var l shadows
+	chain, _ := r.role.meet(r.judged, &r.info)
+	subject := r.subject()
+	l.explain(r.role, &subject, chain.Policies...)
+	return l.dryRun()
 }
 
 // subject returns the connection as policies see it.

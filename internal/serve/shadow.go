@@ -11,7 +11,10 @@ import (
 
 // shadows are the verdicts of policies that are not enforced. Policies of external authorization are such: a filter asks a
 // server if one of them matches.
-type shadows struct{ list []authz.Shadow }
+type shadows struct {
+	list   []authz.Shadow
+	denial string // why policies that are enforced have denied, while records are followed; see flow.DryRun
+}
 
 // The names of the verdicts in metadata, behind the prefix of a policy.
 const (
@@ -29,11 +32,27 @@ func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
 	}
 }
 
+// explain explains the denial by one of policies, if records are followed. role may be nil.
+func (l *shadows) explain(role *Role, s *authz.Subject, policies ...mesh.NetworkFilter) {
+	if role == nil || !role.flows.Followed() {
+		return
+	}
+	for i := range policies {
+		if r := policies[i].RBAC; r != nil && authz.Of(r).Judge(s).Denied {
+			l.denial = authz.Of(r).Denial(s)
+			return
+		}
+	}
+}
+
 // clear drops the verdicts.
-func (l *shadows) clear() { l.list = l.list[:0] }
+func (l *shadows) clear() { l.list, l.denial = l.list[:0], "" }
 
 // dryRun returns the verdicts for a record; nil: there are none.
 func (l *shadows) dryRun() (first *flow.DryRun) {
+	if l.denial != "" {
+		first = &flow.DryRun{Denied: true, Enforced: l.denial}
+	}
 	for i := len(l.list) - 1; i >= 0; i-- {
 		s := &l.list[i]
 		first = &flow.DryRun{Prefix: s.Prefix, Policy: s.Matched, Denied: s.Denied, Next: first}

@@ -401,6 +401,15 @@ func Record(r *live.Record, paint Painter, aligned bool, columns int) string {
 	return strings.Join(line, " ")
 }
 
+// Policies returns the explanation of a denial, each line of it indented and after a line break.
+func Policies(r *live.Record) string {
+	text := ""
+	for line := range strings.Lines(r.Policies) {
+		text += "\n    " + printable(strings.TrimSuffix(line, "\n"))
+	}
+	return text
+}
+
 func recordColour(r *live.Record) string {
 	switch {
 	case r.Failed:

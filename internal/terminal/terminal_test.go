@@ -51,6 +51,15 @@ func TestRecordsWithoutColumns(t *testing.T) {
 	}
 }
 
+// The explanation of a denial is indented, and cannot control the terminal.
+func TestPoliciesAreIndented(t *testing.T) {
+	for policies, want := range map[string]string{"": "", "a": "\n    a", "a \x1b[2J\nb": "\n    a \uFFFD[2J\n    b"} {
+		if got := terminal.Policies(&live.Record{Policies: policies}); got != want {
+			t.Errorf("%q: %q, want %q", policies, got, want)
+		}
+	}
+}
+
 // Numbers take at most seven columns, with three significant digits where there is room.
 func TestNumbersAreShort(t *testing.T) {
 	for bytes, want := range map[uint64]string{0: "0B", 999: "999B", 1000: "1.0K", 100 << 10: "100K", 1023 << 10: "1.0M", 5 << 40: "5.0T"} {

@@ -1,6 +1,7 @@
 package tracing
 
 import (
+	"iter"
 	"log/slog"
 	"net/http"
 	"os"
@@ -20,12 +21,16 @@ type Exporters struct {
 
 	mu     sync.Mutex
 	byName map[string]*export.Exporter
+	kept   map[string]bool // what is configured, by the keys of byName; nil: not known yet
 	closed bool
 }
 
 // maxExporters bounds the exporters, each of which has a goroutine and a queue. istiod configures one or two. Spans for other
 // receivers are counted as failed.
 const maxExporters = 8
+
+// maxGone bounds the exporters for receivers that were configured once: requests that began then may still be exported.
+const maxGone = 64
 
 // Policy returns the policy that a listener configures. Equal configurations are the same value, and so are their policies.
 func (e *Exporters) Policy(t *mesh.Tracing) *Policy {
@@ -74,7 +79,7 @@ func (e *Exporters) exporter(to *mesh.Receiver) *export.Exporter {
 	if known := e.byName[name]; known != nil {
 		return known
 	}
-	if e.closed || len(e.byName) >= maxExporters {
+	if e.closed || e.crowded() {
 		e.Log.Warn("too many receivers of spans", "target", cluster, "limit", maxExporters)
 		return nil
 	}
@@ -83,11 +88,57 @@ func (e *Exporters) exporter(to *mesh.Receiver) *export.Exporter {
 		resource = export.WithDefaults([]export.Resource{{Name: serviceName, Value: to.Service}}, resource)
 	}
 	made := newExporter(sender, cluster, resource, e.Counts, e.Log)
+	made.Retire(e.gone(name))
 	if e.byName == nil {
 		e.byName = map[string]*export.Exporter{}
 	}
 	e.byName[name] = made
 	return made
+}
+
+// gone reports whether a receiver is not configured any more. e.mu is held.
+func (e *Exporters) gone(name string) bool { return e.kept != nil && !e.kept[name] }
+
+// crowded reports whether there are too many exporters for another one. e.mu is held.
+func (e *Exporters) crowded() bool {
+	n := 0
+	for name := range e.byName {
+		if !e.gone(name) {
+			n++
+		}
+	}
+	return n >= maxExporters
+}
+
+// Keep closes the connections to receivers that are not configured any more, as soon as what is queued is sent. They are opened
+// again for requests that began before, and if the receivers are configured again.
+func (e *Exporters) Keep(configured iter.Seq[*mesh.Tracing]) {
+	type receiver struct { // a copy of a Tracing shares them
+		grpc    *mesh.GRPCService
+		http    *mesh.HTTPService
+		service string
+	}
+	kept, seen := map[string]bool{}, map[receiver]bool{}
+	for t := range configured {
+		r := receiver{t.Receiver.GRPC, t.Receiver.HTTP, t.Receiver.Service}
+		if !seen[r] {
+			seen[r] = true
+			name, _, _ := export.To(&t.Receiver, exportMethod, e.Transport)
+			kept[name] = true
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return
+	}
+	e.kept = kept
+	for name, made := range e.byName {
+		gone := e.gone(name)
+		if made.Retire(gone); gone && len(e.byName) > maxGone && made.Idle() {
+			delete(e.byName, name)
+		}
+	}
 }
 
 // All returns the exporters, and prevents that others are made.

@@ -230,9 +230,9 @@ func TestUnknownFieldsOfPoliciesAllowNoMore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		clients := p.newClients(random, 12, rules, shadow)
+		clients := p.newClients(random, 8, rules, shadow)
 		_, before := p.passing(t, clients)
-		for _, config := range withUnknownField(m, 3+i%3) {
+		for _, config := range withUnknownField(m, 9+i%5) {
 			changed++
 			within, alone := sentPolicy{p.requests, config}.passing(t, clients)
 			for k, passes := range alone {
@@ -247,7 +247,7 @@ func TestUnknownFieldsOfPoliciesAllowNoMore(t *testing.T) {
 			}
 		}
 	}
-	if changed < 500 || closed < 200 || opened < 500 {
+	if changed < 200 || closed < 50 || opened < 200 {
 		t.Errorf("%d policies were changed; of the clients that pass without the change %d do, %d do not", changed, opened, closed)
 	}
 }
@@ -281,7 +281,7 @@ func TestDamagedPoliciesAllowNoMore(t *testing.T) {
 	random := rand.New(rand.NewPCG(12, 1))
 	all := sentPolicies(t)
 	denied, closed := 0, 0
-	for range 4000 {
+	for range 1500 {
 		p := all[random.IntN(len(all))]
 		if len(p.config) == 0 {
 			continue
@@ -292,7 +292,7 @@ func TestDamagedPoliciesAllowNoMore(t *testing.T) {
 		d, c := checkDamaged(t, p, clients)
 		denied, closed = denied+d, closed+c
 	}
-	if denied < 500 || closed < 50 {
+	if denied < 200 || closed < 20 {
 		t.Errorf("%d clients are denied, and %d because the policy is damaged", denied, closed)
 	}
 }
@@ -391,7 +391,7 @@ func TestUnknownFieldsOfListenersAllowNoMore(t *testing.T) {
 	random := rand.New(rand.NewPCG(13, 1))
 	list := sentListeners(t)
 	refused, opened, closed := 0, map[string]int{}, map[string]int{}
-	for range 150 {
+	for range 60 {
 		s := list[random.IntN(len(list))]
 		judge := unpack(s.bytes, &listener.Listener{})
 		infos := connections(judge)
@@ -420,11 +420,11 @@ func TestUnknownFieldsOfListenersAllowNoMore(t *testing.T) {
 		}
 	}
 	for _, kind := range []string{"gatewayOUTBOUND", "sidecarOUTBOUND", "sidecarINBOUND"} {
-		if opened[kind] < 20 || closed[kind] < 20 {
+		if opened[kind] < 5 || closed[kind] < 5 {
 			t.Errorf("%s: %d connections pass, %d are refused for the field", kind, opened[kind], closed[kind])
 		}
 	}
-	if refused < 20 {
+	if refused < 5 {
 		t.Errorf("%d are refused by both", refused)
 	}
 }

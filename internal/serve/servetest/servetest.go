@@ -68,6 +68,7 @@ type Rig struct {
 
 	records chan Ended
 	discard atomic.Bool // records are not kept
+	follow  atomic.Bool // denials are explained
 	flows   *flow.Table
 	poller  *tcp.Poller
 	cut     func()
@@ -88,6 +89,7 @@ type Ended struct {
 	Details                                                string // of a request
 	ServerName                                             string
 	DryRun                                                 string
+	Explanation                                            string // of a denial, with Follow
 }
 
 // Closed implements flow.Sink.
@@ -95,16 +97,22 @@ func (r *Rig) Closed(record *flow.Record) {
 	if r.discard.Load() {
 		return
 	}
-	details, dry := "", ""
+	details, dry, why := "", "", ""
 	if record.HTTP != nil {
-		details, dry = record.HTTP.Details, record.HTTP.DryRun.String()
+		details, dry, why = record.HTTP.Details, record.HTTP.DryRun.String(), record.HTTP.DryRun.Explanation()
 	}
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(), dry,
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(), dry, why,
 	}
 }
+
+// Follow has denials explained in the records from now on, or not.
+func (r *Rig) Follow(follow bool) { r.follow.Store(follow) }
+
+// Followed implements what flow.Table asks of its sinks.
+func (r *Rig) Followed() bool { return r.follow.Load() }
 
 // Records returns the records that are closed; see Await.
 func (r *Rig) Records() <-chan Ended { return r.records }
