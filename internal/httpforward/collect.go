@@ -12,7 +12,7 @@ import (
 )
 
 // Bodies that a Router needs before it decides. A request over HTTP/1 keeps its body in the buffer of the connection, one of a
-// hub in its queue. Both count in the process's budget, and the copy for the Router in that of its question.
+// hub in its queue. The Router gets a copy until the request is decided about. All of them count in the budget of the process.
 
 // framingRoom is how much of the framing of chunks is read with a collected body, besides as much as the body itself. A body
 // with more of it counts as too long.
@@ -31,6 +31,7 @@ func (x *exchange) collect(wanted uint32) error {
 		return err // it has been accepted before, so this does not happen
 	}
 	c := &Collected{Wanted: wanted}
+	x.body = c // counted by holdHead
 	var body http1.Body
 	body.Start(framing, x.settings.limits())
 	if !body.Done() && s.Read.Len() == x.headLength() {
@@ -54,8 +55,15 @@ func (x *exchange) collect(wanted uint32) error {
 			break
 		}
 	}
-	x.body = c
 	return nil
+}
+
+// held returns the part of a collected body that is reported. c may be nil.
+func (c *Collected) held() int {
+	if c == nil {
+		return 0
+	}
+	return piece(cap(c.Bytes))
 }
 
 // take adds the payload at the beginning of b, and returns how many bytes it has handled.
@@ -76,7 +84,7 @@ func (c *Collected) take(body *http1.Body, b []byte) (n int, err error) {
 // fillBody reads more of a body behind its head, for which the buffer may grow to limit. It reports false if there is no room.
 func (x *exchange) fillBody(limit int) (more bool, err error) {
 	s := x.s
-	deadline := after(x.settings.IdleTimeout)
+	deadline, late := x.bodyDeadline()
 	for {
 		_, err := s.Read.Fill(s.Down)
 		switch {
@@ -95,9 +103,24 @@ func (x *exchange) fillBody(limit int) (more bool, err error) {
 			return false, tcp.ErrInterrupted
 		}
 		if err := s.w.Wait(deadline, s.Down, s.up); err != nil {
+			if errors.Is(err, tcp.ErrDeadline) {
+				x.late = late
+			}
 			return false, err
 		}
 	}
+}
+
+// bodyDeadline returns when a wait for more of a body ends, and the reply after that; nil: the connection ends.
+func (x *exchange) bodyDeadline() (at time.Time, late *reply) {
+	at = after(x.settings.IdleTimeout)
+	if x.settings.edge == nil {
+		return at, nil
+	}
+	if end := x.arriveEnd; !end.IsZero() && (at.IsZero() || end.Before(at)) {
+		return end, &replyUnfinished
+	}
+	return at, &replyIdleUnread
 }
 
 // tellToContinue sends 100 (Continue) to a client that waits for it. Upstream is not asked for another one.
@@ -124,6 +147,11 @@ func (x *exchange) tellToContinue() error {
 
 // collect has a call wait for its body, for which its client gets credit.
 func (h *hub) collect(c *call, wanted uint32) {
+	if c.tunnel {
+		c.body = &Collected{Whole: true, Wanted: wanted}
+		h.decide(c)
+		return
+	}
 	if more := int64(wanted) + 1 - streamWindow; more > 0 && !c.request.ended {
 		p := &c.req
 		h.down.out = http2.AppendWindowUpdate(h.down.out, c.id, int(more))
@@ -148,6 +176,7 @@ func (h *hub) collected(c *call) {
 	case c.request.ended, len(queue) > int(wanted):
 		c.collecting = 0
 		c.body = &Collected{slices.Clone(queue[:min(len(queue), int(wanted)+1)]), c.request.ended, wanted}
+		h.keepCall(c)
 		h.decide(c)
 	case h.holdsTooMuch():
 		c.collecting = 0

@@ -27,7 +27,7 @@ type exchange struct {
 	decision Decision         // of the router
 	previous Decision         // of the attempt before
 	check    Check            // of the last decision that needed an answer; nil: none did
-	body     *Collected       // of the last decision that needed the body; nil: none did
+	body     *Collected       // until the request is decided about; nil: its body was not needed
 	gone     error            // why downstream is gone, or the exchange over, before the request was decided about
 	entered  []byte           // the head of the request as the edge has prepared it; valid with arrived
 	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
@@ -60,6 +60,7 @@ type progress struct {
 	sentAt         time.Time
 	allSent        time.Time // when the last byte of the request was sent; kept only while RequestTimeout applies
 	failure        error     // why the request is malformed
+	late           *reply    // to a request whose body has not been collected in time; nil: it has
 }
 
 var exchanges = sync.Pool{New: func() any { return new(exchange) }}

@@ -200,6 +200,10 @@ func (x *exchange) acceptRequest(limits http1.Limits) *reply {
 		x.gone = nil
 		return x.malformed(x.request.bad)
 	}
+	if x.late != nil {
+		x.gone = nil
+		return x.late
+	}
 	if x.gone != nil {
 		return nil
 	}
@@ -301,6 +305,7 @@ func (x *exchange) resolve() []byte {
 		r.Check, r.Collected = x.check, x.body
 		x.decision = x.s.Router.Route(r)
 	}
+	x.body = nil // another attempt must not be asked about without it
 	return x.head()
 }
 

@@ -36,10 +36,10 @@ func buffered(b *tcp.Buffer) int {
 	return piece(b.Cap())
 }
 
-// holdHead reports what an incomplete request head takes. It returns false if the exchange must end.
+// holdHead reports what a request takes that is not decided about. It returns false if the exchange must end.
 func (x *exchange) holdHead() bool {
 	x.s.Read.Shrink()
-	return x.held.Hold(piece(x.s.Read.Cap()) + piece(cap(x.requestHead.Fields)*fieldSize))
+	return x.held.Hold(piece(x.s.Read.Cap()) + piece(cap(x.requestHead.Fields)*fieldSize) + x.body.held())
 }
 
 // hold reports what the exchange takes. It returns false if the exchange must end.
@@ -77,7 +77,7 @@ func (x *exchange) evicted() ending {
 	x.request.ready = 0
 	x.request.head = x.request.head[:0]
 	x.request.shed()
-	x.request.in = nil
+	x.request.in, x.body = nil, nil
 	if s.Read != nil {
 		s.releaseRead()
 	}

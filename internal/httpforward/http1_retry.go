@@ -121,7 +121,7 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	x.began = time.Now()
 	x.previous = x.decision
 	x.view(x.kept)
-	x.routed.Attempt, x.routed.Previous, x.routed.Check, x.routed.Collected = x.retries, &x.previous, x.check, x.body
+	x.routed.Attempt, x.routed.Previous, x.routed.Check = x.retries, &x.previous, x.check
 	x.decision = s.route(&x.routed)
 	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent
 	x.decision.Plan, x.decision.Mirrors, x.decision.Path = x.previous.Plan, x.previous.Mirrors, nil // the head is made

@@ -30,6 +30,7 @@ type heads struct {
 func (m *heads) view(s *stream, request *http2.Request, fields []http2.Field) *Request {
 	r := &m.routed
 	r.view(&s.record)
+	r.Seed += uint64(s.id) << 32 // streams may have been opened at the same time
 	r.Method, r.Path = whole(r.Method, request.Method), whole(r.Path, request.Path)
 	authority := request.Authority
 	for i := 0; i < len(fields) && authority == ""; i++ {

@@ -30,7 +30,7 @@ type call struct {
 	decision, previous Decision
 	check              Check             // of the last decision that needed an answer; may be nil
 	asking             bool              // check has no answer yet
-	body               *Collected        // of the last decision that needed the body; may be nil
+	body               *Collected        // until the call is decided about; nil: its body was not needed
 	collecting         uint32            // Decision.Collect, of a body that is not collected yet; zero: none
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
@@ -388,7 +388,7 @@ func (h *hub) detach(c *call) {
 
 // keepCall counts what a call holds besides its queues.
 func (h *hub) keepCall(c *call) {
-	n := streamSize + c.names.size
+	n := streamSize + c.names.size + c.body.held()
 	for i := range c.sent.fields {
 		n += fieldSize + len(c.sent.fields[i].Name) + len(c.sent.fields[i].Value)
 	}

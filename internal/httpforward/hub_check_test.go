@@ -12,6 +12,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -184,4 +185,52 @@ func TestRequestsOfAHubAreKeptForTheirRoute(t *testing.T) {
 		t.Error("no copy")
 	}
 	held.check(t, nil)
+}
+
+// limitedPlan is a planned Router at an edge.
+type limitedPlan struct {
+	*planned
+	edge *Edge
+}
+
+func (l limitedPlan) Edge() *Edge { return l.edge }
+
+// A call of which a limit passes while it waits for an answer is answered, and is not sent upstream by a later answer.
+func TestAHubForgetsQuestionsAboutCallsThatItHasAnswered(t *testing.T) {
+	q := new(question)
+	o := newOrigin(t)
+	r := newHub(t, o.address, limitedPlan{asked(map[string][]*question{"/asked": {q}}), silence(50 * time.Millisecond)})
+	client := greetHub(t, r, "4=0") // the text of the reply waits for credit
+	client.sends("HEADERS 1 end :method=GET :scheme=http :authority=a :path=/asked")
+	if got := client.next(); !strings.HasPrefix(got, "HEADERS 1 :status=504") {
+		t.Fatalf("read %q", got)
+	}
+	q.answer() // too late
+	for range 2 {
+		client.sends("PING 12345678")
+		client.reads("PING ack 12345678")
+	}
+	client.sends("WINDOW 1 100")
+	client.reads("DATA 1 end stream_timeout")
+	if got := r.records.await(t, 0); got.reason != flow.IdleTimeout || got.details != "stream_idle_timeout" {
+		t.Errorf("the record is %+v", got)
+	}
+	if n := q.canceled.Load(); n != 1 {
+		t.Errorf("the question was given up %d times", n)
+	}
+}
+
+// CONNECT has no body that a decision could wait for.
+func TestAHubDoesNotCollectTunnels(t *testing.T) {
+	r := newHub(t, newOrigin(t).address, &planned{decide: func(r *Request, d *Decision) {
+		*d = Decision{Collect: 10}
+		if c := r.Collected; c != nil && c.Whole && len(c.Bytes) == 0 {
+			*d = Decision{Reply: &route.Reply{Status: 418}}
+		}
+	}})
+	client := greetHub(t, r, "")
+	client.sends("HEADERS 1 :method=CONNECT :authority=a:1")
+	if got := client.next(); !strings.HasPrefix(got, "HEADERS 1 end :status=418") {
+		t.Errorf("read %q", got)
+	}
 }

@@ -114,6 +114,10 @@ func (h *hub) decide(c *call) {
 		h.ask(c, d.Check)
 		return
 	}
+	if c.body != nil {
+		c.body = nil // another attempt must not be asked about without it
+		h.keepCall(c)
+	}
 	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
 	if d.Peers != nil {
@@ -363,6 +367,8 @@ func (h *hub) countReset() error {
 
 // answer sends a reply in place of upstream. The stream closes when downstream has taken it.
 func (h *hub) answer(c *call, r *reply, err error) error {
+	c.stopAsking()
+	c.collecting = 0
 	text := r.body
 	if c.http.GRPC || c.stream.head || r.bodiless() {
 		text = ""

@@ -46,7 +46,11 @@ type Request struct {
 	// Check is that of the last Decision about this request, with its answer; nil: there was none.
 	Check Check
 
-	Collected *Collected // what was collected for the last Decision with Collect; nil: there was none
+	Collected *Collected // by the last Decision with Collect, until the first attempt; may be nil
+
+	// Seed is the same whenever a Router is called about the request, and different for other requests of the connection, so that
+	// a random choice can be repeated. It is not secret.
+	Seed uint64
 
 	Attempt  int       // 0: the first; n: the n-th retry
 	Previous *Decision // of the attempt before; nil for the first. Its cluster and route stand, and its Lease has ended
@@ -186,6 +190,7 @@ func (r *Request) view(record *flow.Record) {
 		Authority:  record.HTTP.Authority,
 		Scheme:     schemeOf(record.Connection),
 		Entered:    record.HTTP.Edge,
+		Seed:       uint64(record.Opened.UnixNano()),
 	}
 }
 

@@ -3,7 +3,7 @@ package serve
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
+	"hash/maphash"
 	"net/http"
 	"slices"
 	"strconv"
@@ -252,7 +252,7 @@ func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.Chec
 	answer := before.answer(e)
 	switch {
 	case answer != nil:
-	case r.Collected == nil && !draws(e.Enabled): // it is drawn once
+	case !draws(e, r.Seed):
 		return nil, nil
 	case g.role == nil:
 		return extauthz.Failed(e, errNobodyAsks).Reply, nil
@@ -354,9 +354,21 @@ func (g *gate) take(r *httpforward.Request, e *mesh.ExtAuthz, answer *extauthz.A
 	}
 }
 
-// draws reports whether a share of cases is drawn.
-func draws(f mesh.Fraction) bool {
-	return f.Numerator >= f.Denominator || rand.Uint32N(f.Denominator) < f.Numerator
+// drawKey makes draws independent of what clients can find out.
+var drawKey = maphash.MakeSeed()
+
+// draws reports whether a filter asks about a request with a seed. All calls about the request agree.
+func draws(e *mesh.ExtAuthz, seed uint64) bool {
+	f := e.Enabled
+	if f.Numerator >= f.Denominator {
+		return true
+	}
+	return uint32(maphash.Comparable(drawKey, drawn{e, seed})%uint64(f.Denominator)) < f.Numerator
+}
+
+type drawn struct {
+	filter *mesh.ExtAuthz
+	seed   uint64
 }
 
 // question copies a request for a server. Filters before this one may have changed its fields.

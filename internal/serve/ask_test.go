@@ -130,6 +130,41 @@ func TestQuestionsAreHeldInTheBudget(t *testing.T) {
 	}
 }
 
+// A filter asks about a share of the requests. It does not draw again when the request is decided about again, or when
+// another filter needs the body.
+func TestASeedDecidesWhetherAFilterAsks(t *testing.T) {
+	share := func(n, of uint32) *mesh.ExtAuthz {
+		return &mesh.ExtAuthz{Enabled: mesh.Fraction{Numerator: n, Denominator: of}, StatusOnError: 403}
+	}
+	never, half, other := share(0, 100), share(50, 100), share(50, 100)
+	g := &gate{}
+	asks := func(e *mesh.ExtAuthz, seed uint64, collected *httpforward.Collected) bool {
+		reply, _ := g.ext(&httpforward.Request{Connection: &flow.Record{}, Seed: seed, Collected: collected}, e, nil)
+		return reply != nil // without a role, its server cannot be asked
+	}
+	const requests = 2000
+	body := &httpforward.Collected{Wanted: 1, Whole: true}
+	drawn, both := 0, 0
+	for seed := range uint64(requests) {
+		if asks(never, seed, nil) || asks(never, seed, body) {
+			t.Fatal("a filter that is never enabled asks")
+		}
+		first := asks(half, seed, nil)
+		if again := asks(half, seed, body); again != first {
+			t.Fatalf("a filter asks: %v, then %v", first, again)
+		}
+		if first {
+			drawn++
+			if asks(other, seed, nil) {
+				both++
+			}
+		}
+	}
+	if drawn < requests*4/10 || drawn > requests*6/10 || both < requests*15/100 || both > requests*35/100 {
+		t.Errorf("of %d requests, a filter for half of them asks about %d, and two such filters about %d", requests, drawn, both)
+	}
+}
+
 // The certificate of an older connection is not known. A server that sees certificates would take it for a client without one, also
 // if the certificate has neither names nor a subject.
 func TestACertificateThatIsNotKnownIsNotShownAsNone(t *testing.T) {
