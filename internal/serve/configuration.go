@@ -2,7 +2,6 @@ package serve
 
 import (
 	"errors"
-	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -158,18 +157,10 @@ func (c *Conn) expect(chain *mesh.FilterChain) bool {
 	return true
 }
 
-// direct returns the source address of downstream's packets: behind a load balancer with the PROXY protocol, the balancer's.
-func (c *Conn) direct() netip.Addr {
-	if c.role.gateway {
-		return c.Down.RemoteAddr().Addr()
-	}
-	return c.Record.Downstream.Addr()
-}
-
 // info returns what filter chains are chosen by.
 func (c *Conn) info() mesh.ConnInfo {
 	info := mesh.ConnInfo{
-		Destination: c.Record.OriginalDestination, Source: c.Record.Downstream, DirectSource: c.direct(),
+		Destination: c.Record.OriginalDestination, Source: c.Record.Downstream, DirectSource: c.Record.Direct().Addr(),
 	}
 	switch c.protocol {
 	case sniff.TLS:
