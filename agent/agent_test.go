@@ -26,7 +26,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-const patience = 10 * time.Second
+const patience = nettest.Patience
 
 func TestValidateNamesTheField(t *testing.T) {
 	valid := Default()

@@ -202,8 +202,9 @@ func TestConnectionsWithoutAProxyHeaderAreReset(t *testing.T) {
 	r.listenBehind(chain, mesh.ListenerFilter{}, 50*time.Millisecond)
 	for _, begin := range []string{"", "PROXY ", signature} {
 		conn := r.Dial(t, r.At(port))
-		servetest.Send(t, conn, begin)
-		servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
+		if _, err := io.WriteString(conn, begin); err == nil { // the time may be over before
+			servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
+		}
 		if got := r.Await(t); got.Reason != flow.BadProxyHeader || got.Err == nil || !strings.Contains(got.Err.Error(), "in time") {
 			t.Errorf("%q and silence: %v, %v", begin, got.Reason, got.Err)
 		}
