@@ -210,7 +210,7 @@ const (
 	bodyStep = 1 << 20
 )
 
-// A body of any size passes both ways at once without being held: each step of the upload comes back before the next is
+// A body passes both ways at once without being held (bodies of 1 GiB are in the package hostility): each step of the upload comes back before the next is
 // sent, and the gateway's memory does not grow with the body.
 func TestGatewayHoldsNoBodies(t *testing.T) {
 	t.Parallel()
