@@ -141,7 +141,7 @@ func (c *Conn) subject() authz.Subject {
 	}
 	return authz.Subject{
 		Destination: c.Record.OriginalDestination,
-		Peer:        c.direct(),
+		Peer:        c.Record.Direct().Addr(),
 		Client:      c.Record.Downstream.Addr(),
 		ServerName:  strings.ToLower(hello.ServerName),
 		Secured:     c.governed.secured,
