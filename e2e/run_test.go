@@ -445,14 +445,15 @@ echo(socket.create_server(("0.0.0.0", 9002)))`
 				nettest.Eventually(t, "the server at "+address+" answers", func() bool { return get(from, address) == "200 OK inside" })
 				log.await(t, "200 ← GET "+address+"/path")
 			}
-			conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if text, err := io.ReadAll(conn); err != nil || string(text) != "welcome" {
-				t.Errorf("the server that speaks first sent %q, %v", text, err)
-			}
-			conn.Close()
+			nettest.Eventually(t, "the server that speaks first answers", func() bool {
+				conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				text, _ := io.ReadAll(conn)
+				return string(text) == "welcome"
+			})
 			p.Signal(syscall.SIGTERM)
 			if status, err := p.Wait(nettest.Patience); status != 128+15 {
 				t.Errorf("exit status %d, %v", status, err)
