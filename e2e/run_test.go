@@ -261,7 +261,7 @@ import socket, struct
 def query(name, server, tcp):
     message = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\0\0\1\0\1"
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
-    s.settimeout(5)
+    s.settimeout(60)
     s.connect((server, 53))
     s.send(struct.pack(">H", len(message)) + message if tcp else message)
     answer = s.recv(4096)
