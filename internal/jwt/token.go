@@ -46,7 +46,7 @@ type parsed struct {
 	raw     []byte // of payload
 }
 
-// parse parses a token. Nothing of it may be trusted.
+// parse parses a token. Its content is not verified.
 func parse(text string) (*parsed, *denial) {
 	if strings.Count(text, ".") != 2 {
 		return nil, malformed
@@ -89,7 +89,7 @@ func (p *parsed) issuer() string {
 	return issuer
 }
 
-// audiences returns the claim aud, which is a text or a list.
+// audiences returns the texts of the claim aud: a text or a list.
 func (p *parsed) audiences() (audiences []string) {
 	switch aud := p.payload["aud"].(type) {
 	case string:
