@@ -48,7 +48,7 @@ type parsed struct {
 
 // parse parses a token. Its content is not verified.
 func parse(text string) (*parsed, *denial) {
-	if strings.Count(text, ".") != 2 {
+	if strings.Count(text, ".") != 2 || strings.IndexFunc(text, notOfToken) >= 0 { // base64 ignores line breaks
 		return nil, malformed
 	}
 	jws, err := jose.ParseSignedCompact(text, algorithms)
