@@ -20,7 +20,7 @@ PROSE_COMMENTS  ?= 2
 PROSE_DOCUMENTS ?= 2
 
 # The largest binary that `make size` accepts, in bytes.
-MAX_BINARY ?= 15600000
+MAX_BINARY ?= 15650000
 
 # Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.7 MB.
 COLD := ./agent ./cmd/... ./iptables/... ./run \
