@@ -325,8 +325,7 @@ func TestDryRunsOfConnectionsAreRecorded(t *testing.T) {
 // TestRequestsBehindProxyHeadersPassNoPolicy: on a port whose workload gets a PROXY header, requests are not looked at.
 func TestRequestsBehindProxyHeadersPassNoPolicy(t *testing.T) {
 	m := newMeshRig(t, "STRICT, HTTP")
-	settings := servetest.Defaults()
-	settings.DetectionDelay = 5 * time.Millisecond
+	settings := servetest.Defaults() // the client speaks first, however late it is
 	var err error
 	if settings.ProxyProtocol, err = capture.ParsePorts("83"); err != nil {
 		t.Fatal(err)
