@@ -384,6 +384,9 @@ func TestAnIdleConnectionHoldsTwoDescriptors(t *testing.T) {
 	s := newStage(t)
 	converse2 := func(w way) { d, u := w.connect(t); converse(t, d, u) }
 	converse2(s.inbound()) // whatever the first connection needs is there now
+	nettest.Eventually(t, "the connection that asked for readiness is closed", func() bool {
+		return s.pod.MustRun(t, "ss", "-Htn", "sport = :15021") == ""
+	})
 	before := s.agent.descriptors(t)
 	for _, w := range []way{s.inbound(), s.outbound()} {
 		for range connections {
