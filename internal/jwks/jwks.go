@@ -59,7 +59,7 @@ type source struct{ cluster, uri string }
 
 // set is what is known of a source. Its fields are guarded by Store.mu.
 type set struct {
-	keys     *jwt.KeySet   // nil: there are none
+	keys     *jwt.KeySet   // nil: not fetched yet
 	since    time.Time     // of keys
 	renewed  time.Time     // when a token last asked for another key
 	retry    time.Time     // no fetch begins before

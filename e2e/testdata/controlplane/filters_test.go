@@ -166,9 +166,8 @@ func wideJWT() *jwt.JwtAuthentication {
 				FromHeaders:         []*jwt.JwtHeader{{Name: "x-token", ValuePrefix: "Bearer "}, {Name: "y"}}, FromParams: []string{"token"}, FromCookies: []string{"session"},
 				NormalizePayloadInMetadata: &jwt.JwtProvider_NormalizePayload{SpaceDelimitedClaims: []string{"scope", "permission"}},
 				ClaimToHeaders:             []*jwt.JwtClaimToHeader{{HeaderName: "x-sub", ClaimName: "sub"}}},
-			"remote": {JwksSourceSpecifier: &jwt.JwtProvider_RemoteJwks{RemoteJwks: &jwt.RemoteJwks{HttpUri: uri, CacheDuration: durationpb.New(time.Minute), AsyncFetch: &jwt.JwksAsyncFetch{FastListener: true, FailedRefetchDuration: durationpb.New(3 * time.Second)},
-				RetryPolicy: &core.RetryPolicy{NumRetries: wrapperspb.UInt32(4), RetryBackOff: &core.BackoffStrategy{BaseInterval: durationpb.New(2 * time.Second)}}}}},
-			"empty": {JwksSourceSpecifier: &jwt.JwtProvider_LocalJwks{LocalJwks: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte{}}}}},
+			"remote": {JwksSourceSpecifier: &jwt.JwtProvider_RemoteJwks{RemoteJwks: &jwt.RemoteJwks{HttpUri: uri, CacheDuration: durationpb.New(time.Minute), AsyncFetch: &jwt.JwksAsyncFetch{FastListener: true}}}},
+			"empty":  {JwksSourceSpecifier: &jwt.JwtProvider_LocalJwks{LocalJwks: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte{}}}}},
 		},
 		Rules: []*jwt.RequirementRule{
 			{Match: match, RequirementType: &jwt.RequirementRule_Requires{Requires: either(name("local"), name("empty"), both(either(name("local"), missing), either(audiences, failed)))}},
