@@ -153,6 +153,49 @@ func TestAGatewayRoutesByNormalPaths(t *testing.T) {
 	}
 }
 
+// A tunnel would carry requests that no route has: it is not opened, whatever target CONNECT has.
+func TestAGatewayOpensNoTunnel(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "web ", r.RequestURI) })
+	for _, filters := range [][]mesh.HTTPFilter{nil, {deny(underPath("/closed"), anything)}} {
+		r.listen(edge(0, filters...))
+		for _, target := range []string{"web:80", "/", "/x", "//", "http://web/", "http://web", "*"} {
+			conn := r.client(t)
+			conn.SetDeadline(time.Now().Add(nettest.Patience))
+			servetest.Send(t, conn, "CONNECT "+target+" HTTP/1.1\r\nHost: web\r\n\r\n")
+			response, err := http.ReadResponse(conn.read, nil)
+			if err != nil || response.StatusCode/100 != 4 {
+				t.Errorf("CONNECT %s: %+v, %v", target, response, err)
+			}
+			conn.Close()
+			r.Await(t)
+		}
+	}
+}
+
+// A server sees the host by which a request was routed, whatever Host stands beside a target in absolute form.
+func TestAServerSeesTheHostThatWasRouted(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	conns := r.Listen(t, "82")
+	r.listen(edge(0))
+	for target, want := range map[string]string{"http://web/a?b": "/a?b", "http://web": "/", "HTTP://web/": "/", "http://web?q": "/?q"} {
+		conn := r.client(t)
+		servetest.Send(t, conn, "GET "+target+" HTTP/1.1\r\nHost: private\r\n\r\n")
+		server := servetest.Take(t, conns)
+		request, err := http.ReadRequest(bufio.NewReader(server))
+		if err != nil || request.RequestURI != want || request.Host != "web" {
+			t.Errorf("%s: the server sees %+v, %v", target, request, err)
+		}
+		conn.Close()
+		server.Close()
+		r.Await(t)
+	}
+}
+
 // A policy that is pushed later counts for the next request of an open connection.
 func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
 	r := newRig(t)

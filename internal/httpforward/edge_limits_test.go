@@ -15,7 +15,7 @@ import (
 )
 
 // slowEdge starts an engine behind an edge, with a client of it. The server does what the path asks for.
-func slowEdge(t *testing.T, edge *Edge, two bool) (*rig, *http.Client) {
+func slowEdge(t testing.TB, edge *Edge, two bool) (*rig, *http.Client) {
 	t.Helper()
 	server := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -46,22 +46,6 @@ func slowEdge(t *testing.T, edge *Edge, two bool) (*rig, *http.Client) {
 		t.Cleanup(client.CloseIdleConnections)
 	}
 	return r, client
-}
-
-// underLimit runs a test of a limit of time. It runs it again with longer ones if it fails, because a busy machine may be slower
-// than the first.
-func underLimit(t *testing.T, test func(limit time.Duration) error) {
-	t.Helper()
-	for limit := 100 * time.Millisecond; ; limit *= 8 {
-		err := test(limit)
-		if err == nil {
-			return
-		}
-		if limit > 5*time.Second {
-			t.Error(err)
-			return
-		}
-	}
 }
 
 // silence and wholeRequest return an edge with a limit.
@@ -124,14 +108,18 @@ func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
 		for _, two := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, HTTP/2 %v", name, two), func(t *testing.T) {
 				t.Parallel()
-				underLimit(t, func(limit time.Duration) error { return c.run(t, limit, two) })
+				nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+					if err := c.run(t, limit, two); err != nil {
+						t.Error(err)
+					}
+				})
 			})
 		}
 	}
 }
 
 // run sends the request, and over HTTP/2 another one on the same connection.
-func (c *limitCase) run(t *testing.T, limit time.Duration, two bool) error {
+func (c *limitCase) run(t testing.TB, limit time.Duration, two bool) error {
 	t.Helper()
 	r, client := slowEdge(t, c.edge(limit), two)
 	defer client.CloseIdleConnections()
@@ -190,7 +178,11 @@ func TestAnArrivedRequestWaitsForItsAnswer(t *testing.T) {
 		for _, two := range []bool{false, true} {
 			t.Run(fmt.Sprintf("length %d, HTTP/2 %v", length, two), func(t *testing.T) {
 				t.Parallel()
-				underLimit(t, func(limit time.Duration) error { return waitBeyond(t, limit, length, two) })
+				nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+					if err := waitBeyond(t, limit, length, two); err != nil {
+						t.Error(err)
+					}
+				})
 			})
 		}
 	}
@@ -198,7 +190,7 @@ func TestAnArrivedRequestWaitsForItsAnswer(t *testing.T) {
 
 // waitBeyond sends two requests that wait for an answer, of which the second does not arrive. It answers the first after the
 // second has exceeded the limit.
-func waitBeyond(t *testing.T, limit time.Duration, length int64, two bool) error {
+func waitBeyond(t testing.TB, limit time.Duration, length int64, two bool) error {
 	t.Helper()
 	r, client := slowEdge(t, wholeRequest(limit), two)
 	defer client.CloseIdleConnections()
@@ -255,11 +247,15 @@ func waitBeyond(t *testing.T, limit time.Duration, length int64, two bool) error
 // A stream that moves is not ended by a limit of silence, and does not keep a silent one of its connection.
 func TestTheLimitOfSilenceIsThatOfEachStream(t *testing.T) {
 	t.Parallel()
-	underLimit(t, func(limit time.Duration) error { return moveBesideSilence(t, limit) })
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		if err := moveBesideSilence(t, limit); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // moveBesideSilence keeps a stream moving until a silent one of the same connection is answered.
-func moveBesideSilence(t *testing.T, limit time.Duration) error {
+func moveBesideSilence(t testing.TB, limit time.Duration) error {
 	t.Helper()
 	r, client := slowEdge(t, silence(limit), true)
 	from, to := io.Pipe()
@@ -297,24 +293,31 @@ func moveBesideSilence(t *testing.T, limit time.Duration) error {
 // A head that does not come to its end is answered by the limit that passes first.
 func TestUnfinishedHeadsAreAnsweredAtTheEdge(t *testing.T) {
 	t.Parallel()
-	const limit, long = 50 * time.Millisecond, time.Hour
-	for text, edge := range map[string]*Edge{
-		"stream timeout":         {SilenceTimeout: limit, RequestTimeout: long, HeadTimeout: long},
-		"request timeout":        {SilenceTimeout: long, RequestTimeout: limit, HeadTimeout: long},
-		"request header timeout": {SilenceTimeout: long, RequestTimeout: long, HeadTimeout: limit},
+	const long = time.Hour
+	for text, edge := range map[string]func(limit time.Duration) *Edge{
+		"stream timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: limit, RequestTimeout: long, HeadTimeout: long}
+		},
+		"request timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: long, RequestTimeout: limit, HeadTimeout: long}
+		},
+		"request header timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: long, RequestTimeout: long, HeadTimeout: limit}
+		},
 	} {
-		r, _ := slowEdge(t, edge, false)
-		client := r.dial(t)
-		send(t, client, "GET / HTTP/1.1\r\nHost: ")
-		client.SetReadDeadline(time.Now().Add(nettest.Patience))
-		response, err := http.ReadResponse(bufio.NewReader(client), nil)
-		if err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-		body, err := io.ReadAll(response.Body)
-		if err != nil || response.StatusCode != 408 || string(body) != text {
-			t.Errorf("%d, %q, %v; want 408, %q", response.StatusCode, body, err, text)
-		}
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r, _ := slowEdge(t, edge(limit), false)
+			client := r.dial(t)
+			send(t, client, "GET / HTTP/1.1\r\nHost: ")
+			response, err := http.ReadResponse(bufio.NewReader(client), nil)
+			if err != nil {
+				t.Fatalf("%s: %v", text, err)
+			}
+			body, err := io.ReadAll(response.Body)
+			if err != nil || response.StatusCode != 408 || string(body) != text {
+				t.Errorf("%d, %q, %v; want 408, %q", response.StatusCode, body, err, text)
+			}
+		})
 	}
 }
 
