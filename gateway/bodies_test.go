@@ -272,3 +272,37 @@ func TestClaimsAreNotTakenFromTrailers(t *testing.T) {
 		}
 	}
 }
+
+// A server's answer changes the fields of a request. The route is chosen by them only if the filter asks for that
+// (clear_route_cache).
+func TestAnAnswerMayChangeTheRoute(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.cluster("members", 83)
+	r.serve(t, 82)
+	r.serve(t, 83)
+	r.check(t, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X-Group", "members") })
+	members := routed("/", "members")
+	members.Match.Headers = []mesh.HeaderMatcher{{Name: "x-group", Kind: mesh.HeaderText, Text: mesh.StringMatcher{Text: "members"}}}
+	web := host("web", "web")
+	web.Routes = append([]mesh.Route{members}, web.Routes...)
+	r.route(web)
+	for reroute, want := range map[bool]string{false: "82", true: "83"} {
+		filter := asking(nil)
+		filter.ExtAuthz.Reroute, filter.ExtAuthz.HTTP.Upstream = reroute, []mesh.StringMatcher{{Text: "x-group"}}
+		r.listen(edge(0, filter))
+		for _, two := range []bool{false, true} {
+			client := r.once(t, two)
+			response, err := client.Get("http://web/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(response.Body)
+			response.Body.Close()
+			if got := r.Await(t); err != nil || string(body) != want || got.Cluster != map[string]string{"82": "web", "83": "members"}[want] {
+				t.Errorf("clear_route_cache %v, HTTP/2 %v: %q, %v; the record is %+v", reroute, two, body, err, got)
+			}
+			client.CloseIdleConnections()
+		}
+	}
+}

@@ -3,11 +3,13 @@ package inbound
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -51,8 +53,8 @@ http {
 		t.Fatal(err)
 	}
 	const script = `require("http").createServer((q, r) => {
-	let p = q.url
-	try { p = decodeURIComponent(new URL(p, "http://a").pathname) } catch {}
+	let p = q.url.split("?")[0]
+	try { p = new URL(p, "http://a").pathname; p = decodeURIComponent(p) } catch {}
 	r.end(require("path").posix.normalize(p.replaceAll("\\", "/")).startsWith("/admin") ? "ADMIN" : "open")
 }).listen(84)`
 	for _, command := range [][]string{{"nginx", "-c", config}, {"node", "-e", script}} {
@@ -73,15 +75,69 @@ http {
 	return map[string]uint16{"Go": 82, "nginx": 83, "Node": 84}
 }
 
+// Parts of random targets.
+var (
+	confusedStarts = []string{
+		"/", "//", "/./", "/%2e/", "/x/../", "/x/%2e%2e/", "/x/.%2E/", "/x/..%2f", "/x%2F..%2f", "/x/..%5c", `/x\..\`, `/\`, "/%5C", "/%2f", "/;/", "/x;y/../",
+		"/..;/", "/%00/../", "/%c0%af", "/%c0%ae%c0%ae/", "/x/%252e%252e/", "/?/../", "/x#/../", "/x/y/..//../", "http://a/", "http://a//", "http://a/x/../", "http://a/%2e/",
+	}
+	confusedEnds = []string{
+		"", "", "/", "//", "/.", "/..", "/%2e%2e", "/x/..", "/../admin", "%2f", "%5cx", `\`, ".", "..", ";x", "/;x", "%3bx", "%00", "%20", "%09", "%c0%80", "?", "?x=/../", "%3f", "#", "#/..", "%23",
+	}
+)
+
+// confused returns a random target: starts, the name of the path with some of its letters escaped, and ends.
+func confused(random *rand.Rand) string {
+	target := confusedStarts[random.IntN(len(confusedStarts))]
+	for random.IntN(3) == 0 {
+		target += confusedStarts[random.IntN(len(confusedStarts)-4)][1:] // the last ones have a scheme
+	}
+	escaped := random.IntN(3)
+	for _, c := range []byte("admin") {
+		switch form := random.IntN(12); {
+		case escaped == 0, form > 3:
+			target += string(rune(c))
+		case form == 3 && escaped == 1:
+			target += fmt.Sprintf("%%25%02x", c)
+		case form == 2 && escaped == 1:
+			target += strings.ToUpper(string(rune(c)))
+		default:
+			target += fmt.Sprintf([]string{"%%%02x", "%%%02X"}[form&1], c)
+		}
+	}
+	for range 1 + random.IntN(2) {
+		target += confusedEnds[random.IntN(len(confusedEnds))]
+	}
+	return target
+}
+
 // confuse sends each target, and returns those that the origin has served as one under /admin.
-func (m *meshRig) confuse(t *testing.T, port uint16) (reached []string) {
+func (m *meshRig) confuse(t *testing.T, port uint16, targets []string) (reached []string) {
 	t.Helper()
-	for _, target := range confusions {
-		c := m.connect(t, port)
-		if status, body, _ := c.get(t, target); status == 200 && body == served {
+	var c *client
+	for _, target := range targets {
+		if c == nil {
+			c = m.connect(t, port)
+		}
+		io.WriteString(c, "GET "+target+" HTTP/1.1\r\nHost: a\r\n\r\n")
+		response, err := http.ReadResponse(c.in, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", target, err)
+		}
+		body, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatalf("%s: %v", target, err)
+		}
+		if response.StatusCode == 200 && string(body) == served {
 			reached = append(reached, target)
 		}
 		m.Await(t)
+		if response.Close {
+			c.Close()
+			c = nil
+		}
+	}
+	if c != nil {
 		c.Close()
 	}
 	return reached
@@ -90,6 +146,11 @@ func (m *meshRig) confuse(t *testing.T, port uint16) (reached []string) {
 // A request for which an origin would serve what a policy denies does not arrive, however its path is written: with escaped
 // slashes decoded, and with StrictPaths.
 func TestNoOriginServesADeniedPath(t *testing.T) {
+	random := rand.New(rand.NewPCG(15, 6))
+	targets := slices.Clone(confusions)
+	for range 300 {
+		targets = append(targets, confused(random))
+	}
 	for name, change := range map[string]struct {
 		strict  bool
 		slashes mesh.EscapedSlashes
@@ -98,11 +159,11 @@ func TestNoOriginServesADeniedPath(t *testing.T) {
 		for origin, port := range m.startOrigins(t) {
 			m.slashes = change.slashes
 			m.enforce(t, "STRICT, HTTP")
-			if reached := m.confuse(t, port); len(reached) < 10 {
+			if reached := m.confuse(t, port, targets); len(reached) < 50 {
 				t.Errorf("%s, %s: without a policy, only %q are served", name, origin, reached)
 			}
 			m.enforce(t, "STRICT, HTTP", rbac(mesh.Deny, ofAdmin, anything))
-			if reached := m.confuse(t, port); len(reached) > 0 {
+			if reached := m.confuse(t, port, targets); len(reached) > 0 {
 				t.Errorf("%s, %s: the origin serves %q", name, origin, reached)
 			}
 		}

@@ -132,13 +132,14 @@ func TestFixturesAreUnderstood(t *testing.T) {
 // TestFixturesJudgeRequests compares the verdicts on random requests with a plain reading of Envoy's documentation. Parts of
 // the policies are left out at random, because istiod's fullest policy has parts that exclude each other.
 func TestFixturesJudgeRequests(t *testing.T) {
-	seen := map[string]int{}
+	seen, judged := map[string]int{}, 0
 	for name, text := range fixtures(t, "http") {
 		random := rand.New(rand.NewPCG(7, uint64(len(name))))
 		filter := parseFixture(t, text, &hcm.HttpFilter{})
 		if !filter.GetTypedConfig().MessageIs(&httprbac.RBAC{}) {
 			continue
 		}
+		judged++
 		whole := unpack(filter.GetTypedConfig().Value, &httprbac.RBAC{})
 		for i := range 40 {
 			policy := proto.CloneOf(whole)
@@ -151,18 +152,22 @@ func TestFixturesJudgeRequests(t *testing.T) {
 		}
 	}
 	allSeen(t, seen, "allow", "deny", "matched", "dry allow", "dry deny")
+	if judged < 26 {
+		t.Errorf("%d fixtures are judged", judged)
+	}
 }
 
 // TestFixturesJudgeConnections is TestFixturesJudgeRequests for connections. Metadata of them is Unknown to pillion, and
 // missing to Envoy, so conditions on it are replaced.
 func TestFixturesJudgeConnections(t *testing.T) {
-	seen := map[string]int{}
+	seen, judged := map[string]int{}, 0
 	for name, text := range fixtures(t, "tcp") {
 		random := rand.New(rand.NewPCG(8, uint64(len(name))))
 		filter := parseFixture(t, text, &listener.Filter{})
 		if !filter.GetTypedConfig().MessageIs(&networkrbac.RBAC{}) {
 			continue
 		}
+		judged++
 		whole := unpack(filter.GetTypedConfig().Value, &networkrbac.RBAC{})
 		for _, r := range []*rbac.RBAC{whole.Rules, whole.ShadowRules} {
 			for _, p := range r.GetPolicies() {
@@ -180,6 +185,9 @@ func TestFixturesJudgeConnections(t *testing.T) {
 		}
 	}
 	allSeen(t, seen, "allow", "deny", "matched", "dry deny")
+	if judged < 6 {
+		t.Errorf("%d fixtures are judged", judged)
+	}
 }
 
 func withoutMetadata(of ...*rbac.Permission) {
