@@ -339,5 +339,5 @@ func (p *pod) ends(t testing.TB, container string) string {
 
 // dialer connects from inside a namespace.
 func dialer(from *nettest.Namespace, address string) func() (net.Conn, error) {
-	return func() (net.Conn, error) { return from.Dial("tcp", address, 5*time.Second) }
+	return func() (net.Conn, error) { return from.Dial("tcp", address, nettest.Patience) }
 }
