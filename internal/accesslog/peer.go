@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 )
 
@@ -113,12 +114,8 @@ func (p *piece) appendWorkload(dst []byte, r *flow.Record) ([]byte, bool) {
 	return orMissing(p, dst, name)
 }
 
-// The values in Envoy's metadata of policies that are not enforced, behind the prefix that a policy has.
-const (
-	dryRunFilter = "envoy.filters.http.rbac:"
-	dryRunPolicy = "shadow_effective_policy_id"
-	dryRunResult = "shadow_engine_result"
-)
+// dryRunFilter begins the names of the values in Envoy's metadata of policies that are not enforced.
+const dryRunFilter = "envoy.filters.http.rbac:"
 
 // metadata compiles the argument of %DYNAMIC_METADATA%: dry runs are the only values that there are.
 func (p *piece) metadata(text string) error {
@@ -126,9 +123,9 @@ func (p *piece) metadata(text string) error {
 	if !found { // of connections
 		key, found = strings.CutPrefix(text, "envoy.filters.network.rbac:")
 	}
-	if !found || !strings.HasSuffix(key, dryRunPolicy) && !strings.HasSuffix(key, dryRunResult) {
-		return fmt.Errorf("%q is not metadata of the agent; write, for example, %sistio_dry_run_deny_%s or %sistio_dry_run_allow_%s",
-			text, dryRunFilter, dryRunPolicy, dryRunFilter, dryRunResult)
+	if !found || !envoy.IsDryRunKey(key) {
+		return fmt.Errorf("%q is not metadata of the agent; write, for example, %sistio_dry_run_deny_shadow_effective_policy_id or "+
+			"%[2]sistio_dry_run_allow_shadow_engine_result", text, dryRunFilter)
 	}
 	p.own = key
 	return nil
@@ -136,18 +133,7 @@ func (p *piece) metadata(text string) error {
 
 // appendDryRun appends what a dry run has found.
 func (p *piece) appendDryRun(dst []byte, d *flow.DryRun) ([]byte, bool) {
-	value := ""
-	for ; d != nil && value == ""; d = d.Next {
-		switch name, found := strings.CutPrefix(p.own, d.Prefix); {
-		case !found:
-		case name == dryRunPolicy:
-			value = d.Policy
-		case name == dryRunResult && d.Denied:
-			value = "denied"
-		case name == dryRunResult:
-			value = "allowed"
-		}
-	}
+	value := d.Value(p.own)
 	if p.max >= 0 {
 		value = value[:min(p.max, len(value))]
 	}

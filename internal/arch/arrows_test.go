@@ -86,7 +86,7 @@ var arrows = []struct {
 	{"internal/tcp/layertest", []string{"internal/tcp"}, "a toy layer is put under real connections"},
 	{"internal/xds", []string{"internal/envoy", "internal/wire"}, "discovery messages are read field by field; a rejection is a status of gRPC"},
 	{"internal/identity", []string{"internal/envoy", "internal/grpcwire", "internal/wire"}, "a CA and a workload socket are asked by calls, and their status decides whether to ask again"},
-	{"internal/mesh", []string{"internal/cel", "internal/wire"}, "resources are read field by field, and expressions in them are parsed"},
+	{"internal/mesh", []string{"internal/cel", "internal/envoy", "internal/wire"}, "resources are read field by field, and expressions in them are parsed; tags of spans name verdicts as Envoy does"},
 	{"internal/callout", []string{"internal/balance", "internal/flow", "internal/grpcwire", "internal/mesh"}, "the agent's own requests go to endpoints of clusters, by HTTP or gRPC, and their outcome has a reason"},
 	{"internal/extauthz", []string{"internal/callout", "internal/flow", "internal/match", "internal/mesh", "internal/route", "internal/wire"}, "a server is asked as a filter configures; its answer is edits and a reply"},
 	{"internal/jwks", []string{"internal/callout", "internal/jwt", "internal/mesh"}, "keys of tokens are fetched from where a provider names"},

@@ -253,6 +253,22 @@ func (d *DryRun) Explanation() string {
 	return ""
 }
 
+// Value returns the first verdict under a key of metadata: its policy, "allowed" or "denied"; empty: there is none. d may be nil.
+func (d *DryRun) Value(key string) (value string) {
+	for ; d != nil && value == ""; d = d.Next {
+		switch name, found := strings.CutPrefix(key, d.Prefix); {
+		case !found:
+		case name == envoy.DryRunPolicy:
+			value = d.Policy
+		case name == envoy.DryRunResult && d.Denied:
+			value = "denied"
+		case name == envoy.DryRunResult:
+			value = "allowed"
+		}
+	}
+	return value
+}
+
 // DryRunPrefix begins the prefixes of policies with istio.io/dry-run. The action follows, and an underscore.
 const DryRunPrefix = "istio_dry_run_"
 

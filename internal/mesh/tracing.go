@@ -3,6 +3,7 @@ package mesh
 import (
 	"sync/atomic"
 
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/wire"
 )
 
@@ -31,12 +32,13 @@ type Receiver struct {
 	Header  []NamedValue // of HTTP
 }
 
-// TraceTag is an attribute of spans: the value of a header field of the request or of a variable of this process, or a
-// constant.
+// TraceTag is an attribute of spans: the value of a header field of the request, of a variable of this process or of a dry run,
+// or a constant.
 type TraceTag struct {
 	Name     string
 	Field    string // of the header; may be empty
 	Variable string // may be empty
+	DryRun   string // key of a verdict in the metadata of requests; may be empty
 	Value    string // constant, or the default of the others; may be empty
 }
 
@@ -189,10 +191,15 @@ var (
 	tagVariableFields = message{"envoy.type.tracing.v3.CustomTag.Environment", Cosmetic, []field{1: {"name", decoded}, 2: {"default_value", decoded}}}
 	tagHeaderFields   = message{"envoy.type.tracing.v3.CustomTag.Header", Cosmetic, []field{1: {"name", decoded}, 2: {"default_value", decoded}}}
 	tagMetadataFields = message{"envoy.type.tracing.v3.CustomTag.Metadata", Cosmetic, []field{
-		1: {"kind", ignored},
-		2: {"metadata_key", ignored}, // istiod asks for results of dry runs, which are not recorded
+		1: {"kind", decoded},
+		2: {"metadata_key", decoded},
 		3: {"default_value", decoded},
 	}}
+	metadataKindFields = message{"envoy.type.metadata.v3.MetadataKind", Cosmetic, []field{
+		1: {"request", choice}, 2: {"route", choice}, 3: {"cluster", choice}, 4: {"host", choice},
+	}}
+	metadataKeyFields     = message{"envoy.type.metadata.v3.MetadataKey", Cosmetic, []field{1: {"key", decoded}, 2: {"path", decoded}}}
+	metadataSegmentFields = message{"envoy.type.metadata.v3.MetadataKey.PathSegment", Cosmetic, []field{1: {"key", choice}}}
 )
 
 func (d *decoder) traceTag(m wire.Message) (t TraceTag) {
@@ -209,19 +216,52 @@ func (d *decoder) traceTag(m wire.Message) (t TraceTag) {
 		case 4:
 			d.tagSource(m.Message(), &tagHeaderFields, &t.Field, &t.Value)
 		case 5:
-			d.tagSource(m.Message(), &tagMetadataFields, nil, &t.Value)
+			if t.DryRun, t.Value = d.tagMetadata(m.Message()); t.DryRun == "" {
+				d.report(Cosmetic, "the tag "+t.Name+" has its default: metadata other than results of dry runs is not supported")
+			}
 		}
 	}
 	return t
 }
 
+// tagMetadata returns the key of a verdict in the metadata of requests, and the default. istiod asks for verdicts with
+// enableIstioTags. The key is empty for other metadata.
+func (d *decoder) tagMetadata(m wire.Message) (key, otherwise string) {
+	ofRequest, steps, filter := false, 0, ""
+	for d.next(&m, &tagMetadataFields) {
+		switch m.Number {
+		case 1:
+			for m := m.Message(); d.next(&m, &metadataKindFields); {
+				ofRequest = m.Number == 1
+			}
+		case 2:
+			for m := m.Message(); d.next(&m, &metadataKeyFields); {
+				if m.Number == 1 {
+					filter = m.String()
+					continue
+				}
+				steps++
+				for m := m.Message(); d.next(&m, &metadataSegmentFields); {
+					key = m.String()
+				}
+			}
+		case 3:
+			otherwise = m.String()
+		}
+	}
+	if !ofRequest || steps != 1 || filter != "envoy.filters.http.rbac" || !envoy.IsDryRunKey(key) {
+		key = ""
+	}
+	return key, otherwise
+}
+
 // tagSource reads the name of a source and the default.
 func (d *decoder) tagSource(m wire.Message, table *message, name, otherwise *string) {
 	for d.next(&m, table) {
-		switch {
-		case m.Number == 1 && name != nil:
+		switch m.Number {
+		case 1:
 			*name = m.String()
-		case table == &tagMetadataFields && m.Number == 3, table != &tagMetadataFields && m.Number == 2:
+		case 2:
 			*otherwise = m.String()
 		}
 	}

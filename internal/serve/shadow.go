@@ -4,6 +4,7 @@ import (
 	"strings"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/match"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -15,12 +16,6 @@ type shadows struct {
 	list   []authz.Shadow
 	denial string // why policies that are enforced have denied, while records are followed; see flow.DryRun
 }
-
-// The names of the verdicts in metadata, behind the prefix of a policy.
-const (
-	shadowPolicy = "shadow_effective_policy_id"
-	shadowResult = "shadow_engine_result"
-)
 
 // add judges by the policies of r that are not enforced.
 func (l *shadows) add(r *mesh.RBAC, s *authz.Subject) {
@@ -70,10 +65,10 @@ func (l *shadows) match(m *mesh.MetadataMatcher) match.Value {
 		shadow := &l.list[i]
 		name, ok := strings.CutPrefix(key, shadow.Prefix)
 		switch {
-		case !ok || name != shadowPolicy && name != shadowResult:
+		case !ok || name != envoy.DryRunPolicy && name != envoy.DryRunResult:
 		case shadow.Refused:
 			return match.Unknown
-		case name == shadowPolicy:
+		case name == envoy.DryRunPolicy:
 			return match.MatchText(m, shadow.Matched, shadow.Matched != "")
 		default:
 			return match.MatchText(m, result(shadow), true)

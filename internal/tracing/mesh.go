@@ -63,13 +63,13 @@ func ofTenThousand(percent float64) uint32 {
 func tagsOf(tags []mesh.TraceTag) (to []Tag) {
 	for i := range tags {
 		t := &tags[i]
-		tag := Tag{Name: t.Name, Value: t.Value, Field: strings.ToLower(t.Field)}
+		tag := Tag{Name: t.Name, Value: t.Value, Field: strings.ToLower(t.Field), DryRun: t.DryRun}
 		if t.Variable != "" {
 			if value, set := os.LookupEnv(t.Variable); set {
 				tag.Value = value
 			}
 		}
-		if tag.Name != "" && (tag.Field != "" || tag.Value != "") {
+		if tag.Name != "" && (tag.Field != "" || tag.DryRun != "" || tag.Value != "") {
 			to = append(to, tag)
 		}
 	}

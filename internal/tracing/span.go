@@ -1,6 +1,7 @@
 package tracing
 
 import (
+	"cmp"
 	"strconv"
 	"sync"
 
@@ -66,6 +67,7 @@ func (p *Policy) appendSpan(b []byte, r *flow.Record) []byte {
 	b = wire.AppendFixed64(b, spanStart, uint64(start))
 	b = wire.AppendFixed64(b, spanEnd, uint64(start+int64(r.Duration)))
 	b = append(b, t.Attributes...)
+	b = p.appendDryRuns(b, r.HTTP.DryRun)
 	b = p.appendRequest(b, r)
 	return appendOutcome(b, r)
 }
@@ -186,6 +188,9 @@ func appendNumber(b []byte, key string, n uint64) []byte {
 func (p *Policy) appendTags(b []byte, fields Fields) []byte {
 	for i := range p.Tags {
 		tag := &p.Tags[i]
+		if tag.DryRun != "" {
+			continue
+		}
 		if tag.Field == "" {
 			b = appendText(b, tag.Name, tag.Value)
 			continue
@@ -194,6 +199,20 @@ func (p *Policy) appendTags(b []byte, fields Fields) []byte {
 			b = appendText(b, tag.Name, value[:min(len(value), maxTag)])
 		} else if tag.Value != "" {
 			b = appendText(b, tag.Name, tag.Value)
+		}
+	}
+	return b
+}
+
+// appendDryRuns appends the attributes of the policy's tags that have verdicts: these are known when a request has been judged.
+func (p *Policy) appendDryRuns(b []byte, d *flow.DryRun) []byte {
+	for i := range p.Tags {
+		tag := &p.Tags[i]
+		if tag.DryRun == "" {
+			continue
+		}
+		if value := cmp.Or(d.Value(tag.DryRun), tag.Value); value != "" {
+			b = appendText(b, tag.Name, value)
 		}
 	}
 	return b

@@ -42,12 +42,13 @@ type Policy struct {
 // DefaultMaxPath is Envoy's.
 const DefaultMaxPath = 256
 
-// Tag is an attribute of spans. It has a value, or that of a header field of the request.
+// Tag is an attribute of spans. It has a value, or that of a header field of the request or of a dry run.
 type Tag struct {
 	Name  string
-	Value string // of a request without the field; empty: such a span has no attribute of this name
-	Field string // in lower case; empty: the value is Value
+	Value string // of a request without the field or the verdict; empty: such a span has no attribute of this name
+	Field string // in lower case; empty: the value is Value, or of DryRun
 
+	DryRun string // key of flow.DryRun.Value; empty: none is asked for
 }
 
 // Fields are header fields by index.

@@ -19,6 +19,7 @@ import (
 	tracev3 "github.com/envoyproxy/go-control-plane/envoy/config/trace/v3"
 	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
 	tracingv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	collector "go.opentelemetry.io/proto/otlp/collector/trace/v1"
@@ -160,6 +161,7 @@ func TestSpansGoWhereTheControlPlaneSays(t *testing.T) {
 		record := inboundRecord(policy, time.Unix(1_700_000_000, 0))
 		record.HTTP.Path = []byte("/abcdefgh")
 		record.HTTP.Trace = policy.Begin(&tracing.Request{Fields: header{"traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "x-tenant", "t1"}})
+		record.HTTP.DryRun = &flow.DryRun{Prefix: "istio_dry_run_deny_", Policy: "ns[shop]-policy[p]-rule[0]", Denied: true}
 		exportRecord(record)
 		batch := await(t, r.batches)
 		if err := unknownFields(batch.ProtoReflect()); err != nil || batch.header.Get("Tenant") != "b" {
@@ -172,6 +174,7 @@ func TestSpansGoWhereTheControlPlaneSays(t *testing.T) {
 			"component": "proxy", "http.method": "POST", "http.url": "https://me/abcd", "http.protocol": "HTTP/2", "peer.address": "2001:db8::1",
 			"request_size": "0", "response_size": "0", "http.status_code": "200", "response_flags": "-",
 			"istio.mesh_id": "m", "zone": "east", "tenant": "t1", "absent": "d",
+			"dry run": "ns[shop]-policy[p]-rule[0]", "result": "denied",
 		})
 		for _, e := range exporters.All() {
 			e.Close(t.Context())
@@ -222,7 +225,8 @@ func tracingOf(t *testing.T, provider proto.Message) *mesh.Tracing {
 				{Tag: "zone", Type: &tracingv3.CustomTag_Environment_{Environment: &tracingv3.CustomTag_Environment{Name: "PILLION_TEST_ZONE", DefaultValue: "d"}}},
 				{Tag: "tenant", Type: &tracingv3.CustomTag_RequestHeader{RequestHeader: &tracingv3.CustomTag_Header{Name: "X-Tenant"}}},
 				{Tag: "absent", Type: &tracingv3.CustomTag_RequestHeader{RequestHeader: &tracingv3.CustomTag_Header{Name: "x-none", DefaultValue: "d"}}},
-				{Tag: "dry run", Type: &tracingv3.CustomTag_Metadata_{Metadata: &tracingv3.CustomTag_Metadata{}}},
+				dryRunTag("dry run", "istio_dry_run_deny_shadow_effective_policy_id"), dryRunTag("result", "istio_dry_run_deny_shadow_engine_result"),
+				dryRunTag("no dry run", "istio_dry_run_allow_shadow_engine_result"),
 			},
 		},
 	}
@@ -240,6 +244,16 @@ func tracingOf(t *testing.T, provider proto.Message) *mesh.Tracing {
 		t.Fatalf("error %v, findings %v", err, findings)
 	}
 	return l.Chains[0].HTTP.Tracing
+}
+
+// dryRunTag is a tag as istiod sends it.
+func dryRunTag(name, key string) *tracingv3.CustomTag {
+	return &tracingv3.CustomTag{Tag: name, Type: &tracingv3.CustomTag_Metadata_{Metadata: &tracingv3.CustomTag_Metadata{
+		Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Request_{Request: &metadatav3.MetadataKind_Request{}}},
+		MetadataKey: &metadatav3.MetadataKey{Key: "envoy.filters.http.rbac", Path: []*metadatav3.MetadataKey_PathSegment{
+			{Segment: &metadatav3.MetadataKey_PathSegment_Key{Key: key}},
+		}},
+	}}}
 }
 
 type header []string
