@@ -294,7 +294,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "drain")
 	config, _ := testConfig()
-	config.Drain.Delay = patience // ended by force
+	config.Drain.Delay = config.Drain.Timeout // ended by force
 	a, err := newIn(t, ns, config)
 	if err != nil {
 		t.Fatal(err)

@@ -58,8 +58,11 @@ func prepare(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) 
 	return &resolver{s, udp.LocalAddr().String()}
 }
 
-// soon sets a short Timeout, for upstreams that do not answer. Those that do still answer within it.
-func soon(c *Config) { c.Timeout = 200 * time.Millisecond }
+// soon is a short Timeout, for upstreams that do not answer. On a busy machine others may need longer.
+const soon = 200 * time.Millisecond
+
+// within sets Timeout.
+func within(limit time.Duration) func(*Config) { return func(c *Config) { c.Timeout = limit } }
 
 // sockets returns sockets that are bound to the same port of loopback.
 func sockets(t testing.TB) (*net.UDPConn, *net.TCPListener) {
