@@ -37,7 +37,7 @@ func (a *Agent) addControlPlane() error {
 	if addresses, _ := pod.Node.Metadata["INSTANCE_IPS"].(string); pod.Node.IP == "" {
 		pod.Node.IP, _, _ = strings.Cut(addresses, ",")
 	}
-	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound, Listeners: a.telling.follow})
+	store, err := controlplane.NewStore(controlplane.StoreConfig{Log: a.log, Names: a.setNames, Bound: a.followBound, Stored: a.followHosts, Listeners: a.telling.follow})
 	if err != nil {
 		return err
 	}
@@ -70,6 +70,13 @@ func (a *Agent) followBound() {
 	a.poller.WakeAll()
 	if a.accepting != nil {
 		a.accepting.Notify()
+	}
+}
+
+// followHosts closes idle connections to hosts that the configuration in force does not have.
+func (a *Agent) followHosts() {
+	if a.balancer != nil {
+		a.balancer.Follow()
 	}
 }
 

@@ -407,6 +407,70 @@ func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
 	}
 }
 
+// The record of a request that a policy of a gateway denies names that policy, and has the reason why each other one does not
+// apply while records are followed, over both versions of HTTP.
+func TestAGatewayExplainsDeniedRequests(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.serve(t, 82)
+	deny := deny(underPath("/closed"), anything)
+	deny.RBAC.Rules.Policies[0].Name = "closed"
+	deny.RBAC.Rules.Policies = append(deny.RBAC.Rules.Policies, mesh.AccessPolicy{Name: "others", Permission: underPath("/other"), Principal: anything})
+	allow := mesh.HTTPFilter{Name: "allow", RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow, Policies: []mesh.AccessPolicy{
+		{Name: "far", Permission: anything, Principal: clients("203.0.113.0/24")},
+		{Name: "open", Permission: underPath("/open"), Principal: anything},
+	}}}}
+	r.listen(edge(0, deny, allow))
+	r.Follow(true)
+	for _, two := range []bool{false, true} {
+		client := r.once(t, two)
+		for path, c := range map[string]struct {
+			by    string
+			lines []string
+		}{
+			"/open": {},
+			"/x/../closed": {"closed", []string{
+				`closed: applies, since path "/closed" is with prefix "/closed" and anything`,
+				`others: does not apply, since path "/closed" is not with prefix "/other"`,
+			}},
+			"/": {"none", []string{`far: does not apply, since `, `open: does not apply, since path "/" is not with prefix "/open"`}},
+		} {
+			request, err := http.NewRequest("GET", "http://web"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, response.Body); err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			got := r.Await(t)
+			if c.by == "" {
+				if response.StatusCode != 200 || got.Explanation != "" {
+					t.Errorf("%s, HTTP/2 %v: %s, the record is %+v", path, two, response.Status, got)
+				}
+				continue
+			}
+			lines := strings.Split(got.Explanation, "\n")
+			details := "rbac_access_denied_matched_policy[" + c.by + "]"
+			if response.StatusCode != 403 || got.Reason != flow.PolicyDenied || got.Details != details || got.Upstream.IsValid() || len(lines) != len(c.lines) {
+				t.Errorf("%s, HTTP/2 %v: %s, the record is %+v", path, two, response.Status, got)
+				continue
+			}
+			for i := range lines {
+				if !strings.HasPrefix(lines[i], c.lines[i]) {
+					t.Errorf("%s, HTTP/2 %v: %q, want %q", path, two, lines[i], c.lines[i])
+				}
+			}
+		}
+		client.CloseIdleConnections()
+	}
+}
+
 const deniedByAll = "p: applies, since anything and anything" // the explanation of a policy that denies everything
 
 // A policy that asks a server about connections, and is pushed later, counts for open connections of HTTP: they were not asked

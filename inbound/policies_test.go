@@ -89,7 +89,7 @@ func TestPoliciesOfConnections(t *testing.T) {
 		"the policy is not understood": {&mesh.RBAC{Refused: true}, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			m := newMeshRig(t, "PERMISSIVE, TCP")
+			m := newDelayedMeshRig(t, "PERMISSIVE, TCP", nettest.Patience) // nothing is dialled before the client speaks
 			dialled := m.Listen(t, "82")
 			if c.policy != nil {
 				m.enforce(t, "PERMISSIVE, TCP", c.policy)

@@ -26,7 +26,14 @@ type Config struct {
 
 	// Lookup resolves the names of clusters with DNS, outside of the data path. nil: such clusters have no hosts.
 	Lookup Lookup
+
+	// Retire receives the addresses of hosts that a cluster has lost, that are not healthy any more or that are secured otherwise,
+	// soon after the change: their connections must not begin another request. nil: connections stay.
+	Retire func(map[netip.AddrPort]struct{})
 }
+
+// retireDelay is how long lost hosts are collected: looking for their connections costs more than a host does.
+const retireDelay = 10 * time.Millisecond
 
 // Lookup returns the addresses of a name, in the order of the answer, and how long they may be kept; zero: not known. It
 // returns no addresses and no error if the name has none.
@@ -43,6 +50,9 @@ type Balancer struct {
 
 	clusters atomic.Pointer[map[string]*Cluster] // never changed; replaced with mu held
 	mu       sync.Mutex
+
+	retiring sync.Mutex
+	lost     map[netip.AddrPort]struct{} // for Config.Retire; nil: no host
 }
 
 // New makes a Balancer. Close it.
@@ -74,6 +84,40 @@ func (b *Balancer) Cluster(s *mesh.Snapshot, config *mesh.Cluster) *Cluster {
 		}
 	}
 	return b.renew(c, config, hosts)
+}
+
+// Follow brings the clusters that have been used up to date with the configuration in force, without waiting for a request.
+func (b *Balancer) Follow() {
+	s := b.config.Snapshot()
+	for name, c := range *b.clusters.Load() {
+		if config := s.Cluster(name); config != nil {
+			b.Cluster(s, config)
+		} else {
+			c.leave()
+		}
+	}
+}
+
+// retire has Config.Retire called with an address, soon.
+func (b *Balancer) retire(address netip.AddrPort) {
+	if b.config.Retire == nil {
+		return
+	}
+	b.retiring.Lock()
+	defer b.retiring.Unlock()
+	if b.lost == nil {
+		b.lost = make(map[netip.AddrPort]struct{})
+		time.AfterFunc(retireDelay, b.retireLost)
+	}
+	b.lost[address] = struct{}{}
+}
+
+func (b *Balancer) retireLost() {
+	b.retiring.Lock()
+	lost := b.lost
+	b.lost = nil
+	b.retiring.Unlock()
+	b.config.Retire(lost)
 }
 
 // Known returns the state of a cluster that has been used, or nil.

@@ -25,6 +25,7 @@ type Cluster struct {
 	names   *names                   // of a cluster with DNS
 	sweep   *time.Timer              // nil while no host is ejected or has been lately
 	stopped bool
+	left    bool // the configuration in force does not have it
 }
 
 // ClusterStats counts what happened to a cluster.
@@ -47,6 +48,7 @@ func newCluster(b *Balancer, config *mesh.Cluster, hosts *mesh.Assignment) *Clus
 func (c *Cluster) update(config *mesh.Cluster, hosts *mesh.Assignment) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.left = false
 	old := c.view.Load()
 	if old.config == config && old.source == hosts {
 		return
@@ -65,6 +67,19 @@ func (c *Cluster) update(config *mesh.Cluster, hosts *mesh.Assignment) {
 func (c *Cluster) refresh() {
 	v := c.view.Load()
 	c.compile(v.config, v.source, time.Now())
+}
+
+// leave retires the hosts of a cluster that was removed. Requests of an older snapshot still go to them.
+func (c *Cluster) leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.left {
+		return
+	}
+	c.left = true
+	for i := range c.view.Load().members {
+		c.balancer.retire(c.view.Load().members[i].host.Address)
+	}
 }
 
 // stop ends timers and lookups.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
 // Host is the state of a host of a cluster. It lives as long as the host is one of its cluster, or has a request in
@@ -18,6 +19,9 @@ type Host struct {
 	cluster *Cluster
 	active  atomic.Int64 // requests and connections
 	added   time.Time    // zero: with the cluster
+
+	usedBy *view             // the last view in which it is usable
+	tls    *mesh.UpstreamTLS // in the last view that has it
 
 	outlier outlier
 }

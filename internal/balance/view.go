@@ -37,6 +37,14 @@ type member struct {
 	weight    float64 // that of the endpoint, or less during slow start
 }
 
+// tls returns what secures connections to the host; nil: they are plain.
+func (m *member) tls() *mesh.UpstreamTLS {
+	if m.transport == nil {
+		return nil
+	}
+	return m.transport.TLS
+}
+
 // level is the hosts of one priority.
 type level struct {
 	load    uint32 // percent of the requests that go to this level and those before it
@@ -68,7 +76,19 @@ func (c *Cluster) compile(config *mesh.Cluster, source *mesh.Assignment, now tim
 	}
 	c.hosts = hosts
 	v.build()
-	c.view.Store(v)
+	if old := c.view.Swap(v); old != nil {
+		c.retireLost(old, v)
+	}
+}
+
+// retireLost retires the hosts of a view that got requests, and do not in the next one or are secured otherwise there.
+func (c *Cluster) retireLost(old, next *view) {
+	for i := range old.members {
+		m := &old.members[i]
+		if m.usable && m.endpoint != nil && (m.host.usedBy != next || m.host.tls != m.tls()) {
+			c.balancer.retire(m.host.Address)
+		}
+	}
 }
 
 // keep returns the state of a host, which it makes if it is new.
@@ -96,6 +116,9 @@ func (c *Cluster) enrol(v *view, hosts map[netip.AddrPort]*Host, from *mesh.Assi
 			h := c.keep(hosts, e.Address, now)
 			m := member{host: h, endpoint: e, locality: locality, transport: v.config.TransportTo(e), weight: float64(e.Weight)}
 			m.usable = e.Health.Usable() && !h.outlier.ejected.Load()
+			if h.tls = m.tls(); m.usable {
+				h.usedBy = v
+			}
 			v.ease(&m, now)
 			v.members = append(v.members, m)
 		}

@@ -48,6 +48,9 @@ type StoreConfig struct {
 	// call the store, except for Snapshot. It may be nil.
 	Bound func()
 
+	// Stored is called when another configuration is in force. It must not call the store, except for Snapshot. It may be nil.
+	Stored func()
+
 	// Listeners is called before other listeners are in force, after the first configuration. It must not call the store, except
 	// for Snapshot. It may be nil.
 	Listeners func(*mesh.Snapshot)
@@ -578,6 +581,9 @@ func (s *Store) publish(edit *mesh.Edit, now time.Time) {
 				s.config.Listeners(snapshot)
 			}
 			s.snapshot.Store(snapshot)
+			if s.config.Stored != nil {
+				s.config.Stored()
+			}
 			if s.config.Bound != nil && snapshot.BoundChanged(before) {
 				s.config.Bound()
 			}

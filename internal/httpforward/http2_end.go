@@ -244,7 +244,7 @@ const drainGrace = time.Second
 func (m *multiplex) drain() {
 	switch {
 	case m.drainPhase == notDraining:
-		m.drainRequested = m.drainRequested || m.engine.Draining() || m.retired()
+		m.drainRequested = m.drainRequested || m.engine.Draining() || m.retired() || m.up != nil && m.up.Retired()
 		if !m.drainRequested || !m.toDown.settingsSent {
 			return
 		}

@@ -127,12 +127,12 @@ func roomier(best, l *leg) *leg {
 	return best
 }
 
-// over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, or because
-// it has no number for it (RFC 9113 §5.1.1).
+// over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, because its
+// host is retired, or because it has no number for it (RFC 9113 §5.1.1).
 func (l *leg) over(waiting int) bool {
 	use := l.use
 	use.Requests += uint32(waiting)
-	return uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
+	return l.conn != nil && l.conn.Retired() || uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
 }
 
 func (l *leg) load() int { return l.open + l.joined }
@@ -357,6 +357,10 @@ func (h *hub) reap() (moved bool) {
 		}
 		if l.readErr == nil && l.writeErr != nil {
 			l.readErr = l.writeErr
+		}
+		if l.conn != nil && !l.closing && l.conn.Retired() {
+			l.closing = true
+			h.moveWaiting(l)
 		}
 		if l.readErr == nil && l.conn != nil && l.closing && l.load() == 0 {
 			l.readErr = errUnused

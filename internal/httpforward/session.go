@@ -129,6 +129,9 @@ func (s *session) awaitRequest() bool {
 				return false
 			}
 		}
+		if s.up != nil && !s.bound && s.up.Retired() {
+			s.closeUpstream()
+		}
 		if s.engine.state.Load() == draining {
 			return false
 		}

@@ -289,6 +289,11 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT, own *mesh.
 	var keys jwt.Keys
 	if g.role != nil && g.role.keys != nil {
 		keys = g.role.keys
+		for i := range filter.Providers {
+			if from := filter.Providers[i].Remote; from != nil {
+				g.role.keys.Early(from)
+			}
+		}
 	}
 	required := jwt.ByRules
 	if own != nil {

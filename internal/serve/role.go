@@ -185,7 +185,7 @@ func NewRole(config Config) (*Role, error) {
 		r.allOptions = map[upstream.Options]*upstream.Options{}
 	}
 	if r.mesh != nil {
-		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup})
+		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup, Retire: config.HTTP.Pool.Retire})
 		r.callouts = callout.New(callout.Config{Snapshot: r.mesh.Snapshot, Balancer: r.balancer, Security: r.calloutSecurity})
 		r.keys = jwks.New(r.callouts, config.Log)
 	}

@@ -27,6 +27,7 @@ const (
 	failed   = unix.EPOLLERR
 	hungUp   = unix.EPOLLHUP // both halves are closed
 	looped   = 1 << 27       // not an event: set by Set.Returned
+	retired  = 1 << 26       // likewise, by Set.Retire
 )
 
 // Conn is a TCP connection that never blocks. Only the goroutine that owns it may call its methods. It may be passed to

@@ -89,6 +89,27 @@ func (s *Set) Count(to map[netip.AddrPort]int) {
 	}
 }
 
+// Retire marks the connections to these remote addresses, and wakes their owners, which close them when they are idle.
+func (s *Set) Retire(addresses map[netip.AddrPort]struct{}) {
+	for i := range s.shards {
+		shard := &s.shards[i]
+		shard.mu.Lock()
+		for _, c := range shard.conns {
+			if _, ok := addresses[c.RemoteAddr()]; !ok {
+				continue
+			}
+			c.ready.Or(retired)
+			if w := c.waiter.Load(); w != nil {
+				w.Wake()
+			}
+		}
+		shard.mu.Unlock()
+	}
+}
+
+// Retired reports whether the connection must not begin another request.
+func (c *Conn) Retired() bool { return c.ready.Load()&retired != 0 }
+
 // Returned looks for the connection of s whose other end a fresh downstream connection seems to be. The arguments are the
 // downstream connection's peer and its original destination. The connection has these ends, is at most returnTime old,
 // and has not received a byte. The result is nil if there is no such connection.

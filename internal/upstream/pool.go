@@ -169,7 +169,7 @@ func (p *Pool) Give(target Target, conn *tcp.Conn) { p.GiveUsed(target, conn, Us
 func (p *Pool) GiveUsed(target Target, conn *tcp.Conn, use Use) {
 	conn.Rest()
 	now := time.Now()
-	if target.Over(&use, now) || !p.put(target, resting{conn, now, use}) {
+	if conn.Retired() || target.Over(&use, now) || !p.put(target, resting{conn, now, use}) {
 		conn.Close()
 	}
 }
@@ -219,6 +219,24 @@ func (p *Pool) closeBefore(limit time.Time) {
 		}
 		s.conns = slices.Delete(s.conns, 0, old) // Delete clears the freed elements
 		p.count -= old
+	}
+}
+
+// Retire closes the idle connections to these addresses. Those in use are closed when their requests have ended.
+func (p *Pool) Retire(addresses map[netip.AddrPort]struct{}) {
+	p.Stats.open.Retire(addresses)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for target, s := range p.idle {
+		if _, ok := addresses[target.Address]; !ok {
+			continue
+		}
+		for i := range s.conns {
+			s.conns[i].conn.Close()
+		}
+		p.count -= len(s.conns)
+		clear(s.conns)
+		s.conns = s.conns[:0]
 	}
 }
 
