@@ -229,7 +229,8 @@ func (e *edge) load(t *testing.T, url string) (served *atomic.Uint64, stop func(
 
 // Two gateways behind a service, as kube-proxy implements it, are replaced one after the other as a Deployment does it: the
 // next one is ready before one ends, and leaves the service only after its readiness has failed. No request is lost, over
-// connections that are kept and new ones, of HTTP/1 and HTTP/2.
+// connections that are kept and new ones, of HTTP/1 and HTTP/2. The gateways are processes in one namespace, told apart by
+// ports. The test stands for a kubelet, which sends SIGTERM and SIGKILL, and for kube-proxy, whose rules it writes.
 func TestGatewaysAreReplacedWithoutLosingARequest(t *testing.T) {
 	t.Parallel()
 	e := newEdge(t)
@@ -334,6 +335,9 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 	e.agent.log.await(t, "keeping the one in force", "shop.pem")
 	settings("8443", "shop.example=127.0.0.1")
 	e.agent.log.await(t, "keeping the one in force", `line 4: route`)
+	if n := strings.Count(e.agent.log.String(), "keeping the one in force"); n != 2 {
+		t.Errorf("two damaged files are logged %d times", n)
+	}
 	if response, body := e.get(t, url, nil); !strings.HasPrefix(body, "one") || string(response.TLS.PeerCertificates[0].Raw) != presented {
 		t.Error("files that cannot be used have changed the gateway")
 	}
