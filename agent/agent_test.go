@@ -26,7 +26,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-const patience = 10 * time.Second
+const patience = nettest.Patience
 
 func TestValidateNamesTheField(t *testing.T) {
 	valid := Default()
@@ -294,7 +294,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 	nettest.RequireRoot(t)
 	ns := nettest.New(t, "drain")
 	config, _ := testConfig()
-	config.Drain.Delay = patience // ended by force
+	config.Drain.Delay = config.Drain.Timeout // ended by force
 	a, err := newIn(t, ns, config)
 	if err != nil {
 		t.Fatal(err)

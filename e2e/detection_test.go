@@ -163,9 +163,27 @@ func TestHTTP2ServerMaySendBeforeItsClient(t *testing.T) {
 		s.awaitTaken(t, w, upstream)
 		writes(t, downstream, opening+request)
 		reads(t, upstream, opening[:len(opening)-9])
+		awaitHeaders(t, upstream) // an answer on a stream that is not open would be an error (RFC 9113 §5.1)
 		writes(t, upstream, answer)
 		s.requestRecord(t, "downstream="+downstream.LocalAddr().String(), "protocol=HTTP/2", "path=/", "status=200", "reason=completed")
 	})
+}
+
+// awaitHeaders reads frames of HTTP/2 until one opens a stream.
+func awaitHeaders(t *testing.T, conn net.Conn) {
+	t.Helper()
+	for {
+		var head [9]byte // length in 3 bytes, type, flags, stream
+		if _, err := io.ReadFull(conn, head[:]); err != nil {
+			t.Fatalf("reading a frame: %v", err)
+		}
+		if _, err := io.CopyN(io.Discard, conn, int64(head[0])<<16|int64(head[1])<<8|int64(head[2])); err != nil {
+			t.Fatalf("reading a frame: %v", err)
+		}
+		if head[3] == 1 {
+			return
+		}
+	}
 }
 
 // awaitTaken waits until the agent has read all bytes from upstream.

@@ -24,20 +24,35 @@ func TestH2specPassesAsAtTheServer(t *testing.T) {
 	newStage(t).eachDirection(t, func(t *testing.T, w way) {
 		t.Parallel() // the tests that fail take two seconds each
 		port := serveHTTP2(t, w)
-		var direct, through map[string]string
-		var runs sync.WaitGroup
-		runs.Go(func() { direct = h2spec(t, w.to, program, w.address, port) })
-		runs.Go(func() { through = h2spec(t, w.from, program, w.address, port) })
-		runs.Wait()
-		if len(direct) < 100 || len(through) != len(direct) {
-			t.Fatalf("h2spec ran %d tests directly and %d through the agent", len(direct), len(through))
-		}
-		for test, verdict := range through {
-			if verdict == "fail" && direct[test] != "fail" && laxer[test] == "" {
-				t.Errorf("through the agent only: %s", test)
-			}
-		}
+		h2specPasses(t, w, program, port, port)
 	})
+}
+
+// h2specPasses runs the suite at the server and through the agent, and fails the test for what passes only at the server. It
+// returns how many tests passed through the agent.
+func h2specPasses(t *testing.T, w way, program string, server, agent uint16) (passed int) {
+	t.Helper()
+	var direct, through map[string]string
+	var runs sync.WaitGroup
+	runs.Go(func() { direct = h2spec(t, w.to, program, w.address, server) })
+	runs.Go(func() { through = h2spec(t, w.from, program, w.address, agent) })
+	runs.Wait()
+	if len(direct) < 100 || len(through) != len(direct) {
+		t.Fatalf("h2spec ran %d tests directly and %d through the agent", len(direct), len(through))
+	}
+	for test, verdict := range through {
+		must := direct[test] != "fail" && laxer[test] == ""
+		if verdict == "fail" && must {
+			section, _, _ := strings.Cut(test, " ")
+			verdict = h2spec(t, w.from, program, w.address, agent, section)[test] // two seconds may be too short on a busy machine
+		}
+		if verdict == "pass" {
+			passed++
+		} else if verdict != "skip" && must {
+			t.Errorf("through the agent only: %s", test)
+		}
+	}
+	return passed
 }
 
 // serveHTTP2 runs a server at the way's end that supports only HTTP/2 without TLS.
@@ -63,10 +78,15 @@ func serveGreetings(t *testing.T, w way, protocols *http.Protocols) (port uint16
 	return netip.MustParseAddrPort(listener.Addr().String()).Port()
 }
 
-// h2spec runs the suite from inside the namespace and returns its verdicts: pass, skip or fail for each test.
-func h2spec(t *testing.T, from *nettest.Namespace, program string, address netip.Addr, port uint16) map[string]string {
+// h2spec runs the suite from inside the namespace and returns its verdicts: pass, skip or fail for each test. If sections are
+// given, it runs only these, with a timeout that a busy machine does not reach.
+func h2spec(t *testing.T, from *nettest.Namespace, program string, address netip.Addr, port uint16, sections ...string) map[string]string {
 	verdicts := make(map[string]string)
-	cmd := from.Command(workloadUID, workloadUID, program, address.String(), strconv.Itoa(int(port)))
+	arguments := append([]string{address.String(), strconv.Itoa(int(port))}, sections...)
+	if len(sections) > 0 {
+		arguments = append([]string{"-timeout", (nettest.Patience / 2).String()}, arguments...)
+	}
+	cmd := from.Command(workloadUID, workloadUID, program, arguments...)
 	cmd.Stderr = io.Discard
 	out, err := from.Run(cmd)
 	if err != nil {

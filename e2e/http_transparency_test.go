@@ -109,24 +109,32 @@ func echo(w http.ResponseWriter, r *http.Request) {
 func TestSequentialRequestsUseOneConnection(t *testing.T) {
 	t.Parallel()
 	newStage(t).everyDialogue(t, echo, func(t *testing.T, d *dialogue) {
-		var opened int64 // by the client; it gives a connection up when its own goroutines are slow on a busy machine
-		trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
-			if !got.Reused {
-				opened++
-			}
-		}}
+		opened, counted := countingConnections()
 		for serial := range 300 {
 			want := strings.Repeat(fmt.Sprint(serial, " "), serial)
 			request := d.request(t, "POST", "/", strings.NewReader(want))
-			request = request.WithContext(httptrace.WithClientTrace(request.Context(), trace))
-			if got := text(t, d.do(t, request)); got != want {
+			if got := text(t, d.do(t, counted(request))); got != want {
 				t.Fatalf("request %d was answered %.100q", serial, got)
 			}
 		}
-		if got := d.connections.Load(); got > opened {
-			t.Errorf("the server saw %d connections, the client opened %d", got, opened)
+		if got := d.connections.Load(); got > *opened {
+			t.Errorf("the server saw %d connections, the client opened %d", got, *opened)
 		}
 	})
+}
+
+// countingConnections returns what counts the connections that a client opens for requests, which must follow each other. A
+// client of package net/http gives a connection up when its own goroutines are slow on a busy machine.
+func countingConnections() (opened *int64, counted func(*http.Request) *http.Request) {
+	opened = new(int64)
+	trace := &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
+		if !got.Reused {
+			*opened++
+		}
+	}}
+	return opened, func(r *http.Request) *http.Request {
+		return r.WithContext(httptrace.WithClientTrace(r.Context(), trace))
+	}
 }
 
 func TestConcurrentRequestsAreNotMixedUp(t *testing.T) {
@@ -193,6 +201,7 @@ func TestResponsesWithoutBodyDoNotStall(t *testing.T) {
 		}
 	}
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
+		opened, counted := countingConnections()
 		for _, c := range []struct {
 			method, path string
 			status       int
@@ -205,15 +214,15 @@ func TestResponsesWithoutBodyDoNotStall(t *testing.T) {
 			{"HEAD", "/304", 304, 0},
 			{"GET", "/empty", 200, 0},
 		} {
-			response := d.do(t, d.request(t, c.method, c.path, nil))
+			response := d.do(t, counted(d.request(t, c.method, c.path, nil)))
 			body := text(t, response)
 			if response.StatusCode != c.status || body != "" || max(response.ContentLength, 0) != c.length {
 				t.Errorf("%s %s: status %d, length %d, body %q, want %d and %d", c.method, c.path,
 					response.StatusCode, response.ContentLength, body, c.status, c.length)
 			}
 		}
-		if got := d.connections.Load(); got != 1 {
-			t.Errorf("the server saw %d connections, want 1", got)
+		if got := d.connections.Load(); got == 0 || got > *opened {
+			t.Errorf("the server saw %d connections, the client opened %d", got, *opened)
 		}
 	})
 }

@@ -125,6 +125,22 @@ func (r *rig) serve(t *testing.T, port uint16) {
 	t.Cleanup(func() { server.Close(); <-served })
 }
 
+// A client that leaves before its first byte has asked for nothing: its connection is closed in order, and not refused.
+func TestAConnectionWithoutARequestIsNotRefused(t *testing.T) {
+	r := newRig(t)
+	r.listen(manager())
+	for begin, want := range map[string]flow.Reason{"": flow.Closed, "\x00": flow.MeshRefused, "\r\n": flow.MeshRefused} {
+		conn := r.Dial(t, r.At(port))
+		servetest.Send(t, conn, begin)
+		conn.CloseWrite()
+		end := map[bool]error{true: io.EOF, false: syscall.ECONNRESET}[want == flow.Closed]
+		servetest.ExpectEnd(t, conn, end)
+		if got := r.Await(t); got.Reason != want || (got.Err == nil) != (want == flow.Closed) {
+			t.Errorf("%q: %v, %v", begin, got.Reason, got.Err)
+		}
+	}
+}
+
 // client is an HTTP/1 connection.
 type client struct {
 	net.Conn

@@ -180,6 +180,27 @@ func get(conn net.Conn, host string) (status int, body string, err error) {
 	return response.StatusCode, string(b), err
 }
 
+// Nor has one that leaves before TLS, or after the handshake, as a browser does with a connection that it did not need.
+func TestAConnectionOfTLSWithoutARequestIsNotRefused(t *testing.T) {
+	p := newPushed(t, 443)
+	p.secrets(t)
+	bare := p.Dial(t, p.At(p.at))
+	bare.CloseWrite()
+	servetest.ExpectEnd(t, bare, io.EOF)
+	if got := p.Await(t); got.Reason != flow.Closed {
+		t.Errorf("before TLS: %v, %v", got.Reason, got.Err)
+	}
+	conn, err := p.handshake(p.partner(shop, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.CloseWrite()
+	servetest.ExpectEnd(t, conn, io.EOF)
+	if got := p.Await(t); got.Reason != flow.Closed {
+		t.Errorf("after the handshake: %v, %v", got.Reason, got.Err)
+	}
+}
+
 // A certificate that is missing closes its servers, and the reason names it. They are open when it has come.
 func TestServersWaitForTheirCertificates(t *testing.T) {
 	p := newPushed(t, 443)

@@ -92,7 +92,7 @@ func TestWaitReturnsWhenTheAnswerIsYes(t *testing.T) {
 		}
 	}))
 	defer server.Close()
-	if err := healthz.Wait(t.Context(), server.URL, time.Second, time.Millisecond); err != nil {
+	if err := healthz.Wait(t.Context(), server.URL, nettest.Patience, time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
 	if n := asked.Load(); n != 3 {
@@ -103,12 +103,14 @@ func TestWaitReturnsWhenTheAnswerIsYes(t *testing.T) {
 func TestWaitTellsTheLastAnswerWhenTheTimeIsUp(t *testing.T) {
 	server := httptest.NewServer(healthz.NewHandler(healthz.Gate{Name: "door", Open: func() error { return errors.New("locked") }}))
 	defer server.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	err := healthz.Wait(ctx, server.URL+"/healthz/ready", time.Second, 10*time.Millisecond)
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "door: locked") {
-		t.Errorf("Wait: %v", err)
-	}
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		defer cancel()
+		err := healthz.Wait(ctx, server.URL+"/healthz/ready", nettest.Patience, limit/10)
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "door: locked") {
+			t.Errorf("Wait: %v", err)
+		}
+	})
 }
 
 func TestWaitGivesEachRequestItsOwnTime(t *testing.T) {

@@ -2,6 +2,7 @@ package inbound
 
 import (
 	"bufio"
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -12,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -480,5 +482,67 @@ func TestAPushBindsAClientThatIsSilent(t *testing.T) {
 	}
 	if got := m.Await(t); got.Reason != flow.TLSRequired {
 		t.Errorf("the reason is %v", got.Reason)
+	}
+}
+
+// A push that shows the certificates of clients in another way loses no request: a connection shows its client as it began, and
+// ends in order, and the next one follows the configuration in force.
+func TestAConnectionShowsItsClientAsItBegan(t *testing.T) {
+	asking := []mesh.HTTPFilter{{Name: "a filter that a route may enable", Disabled: true, ExtAuthz: &mesh.ExtAuthz{}}}
+	shows := func(filters []mesh.HTTPFilter, change func(*mesh.HTTPManager)) *mesh.Snapshot {
+		c := chain("tls", nil, true, true)
+		c.HTTP.ClientCert, c.HTTP.Filters = mesh.AppendClientCert, filters
+		change(c.HTTP)
+		return snapshotOf(t, []*mesh.FilterChain{c}, true)
+	}
+	http1, http2 := []string{"istio-http/1.1", "http/1.1"}, []string{"istio-h2", "h2"}
+	for _, engine := range []struct {
+		name      string
+		protocols []string
+		filters   []mesh.HTTPFilter
+	}{{"HTTP/1", http1, nil}, {"HTTP/2", http2, nil}, {"HTTP/2 to several connections", http2, asking}} {
+		name := engine.name
+		for _, after := range []mesh.ClientCertAction{mesh.AppendClientCert, mesh.RemoveClientCert, mesh.ForwardClientCert} {
+			m := newMeshRig(t, "STRICT, HTTP")
+			m.plane.InForce.Store(shows(engine.filters, func(*mesh.HTTPManager) {}))
+			var dialled atomic.Int32
+			transport := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) {
+				dialled.Add(1)
+				return m.handshake(t, m.Dial(t, m.At(81)), m.client, engine.protocols...)
+			}}
+			transport.Protocols.SetHTTP1(name == "HTTP/1")
+			transport.Protocols.SetUnencryptedHTTP2(name != "HTTP/1")
+			client := &http.Client{Transport: transport}
+			ask := func() string {
+				response, err := client.Get("http://a/")
+				if err != nil {
+					t.Fatalf("%s, %v: %v", name, after, err)
+				}
+				response.Body.Close()
+				if response.StatusCode != 200 {
+					t.Fatalf("%s, %v: a request is answered %d", name, after, response.StatusCode)
+				}
+				return response.Header.Get("Seen-Cert")
+			}
+			before := ask()
+			if !strings.HasPrefix(before, "By="+idOfServer+";Hash=") || strings.Contains(before, "URI=") {
+				t.Errorf("%s: the workload sees %q", name, before)
+			}
+			m.plane.InForce.Store(shows(engine.filters, func(h *mesh.HTTPManager) { h.ClientCert, h.ClientCertDetails.URI = after, true }))
+			begun := time.Now()
+			for dialled.Load() == 1 && time.Since(begun) < nettest.Patience {
+				if got := ask(); dialled.Load() == 1 && got != before {
+					t.Errorf("%s, %v: on the connection of before the workload sees %q", name, after, got)
+				}
+			}
+			want := ""
+			if after == mesh.AppendClientCert {
+				want = before + ";URI=" + idOfClient
+			}
+			if got := ask(); got != want || dialled.Load() != 2 {
+				t.Errorf("%s, %v: over connection %d the workload sees %q, want %q", name, after, dialled.Load(), got, want)
+			}
+			transport.CloseIdleConnections()
+		}
 	}
 }

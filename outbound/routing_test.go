@@ -421,10 +421,8 @@ func TestConnectionsOfBytesHaveTheLimitsOfTheirChain(t *testing.T) {
 		proxy.Clusters = []mesh.TCPCluster{{Name: "v1", Weight: 1}}
 		r.cluster("v1", nil, 82)
 		r.bytes(proxy)
-		conns := r.Listen(t, "82")
-		client := r.Dial(t, r.At(81))
-		servetest.Send(t, client, "\x00opaque")
-		servetest.Expect(t, servetest.Take(t, conns), "\x00opaque")
+		r.Listen(t, "82")
+		io.WriteString(r.Dial(t, r.At(81)), "\x00opaque") // on a busy machine the time may be over before
 		if ended := r.Await(t); ended.Reason != want {
 			t.Errorf("the reason is %v, want %v", ended.Reason, want)
 		}

@@ -28,6 +28,7 @@ var piece [64 << 10]byte
 //	/        a short response
 //	/never   no response, as long as the client is there
 //	/large   a response of 64 MiB
+//	/bodies  see serveBodies
 //	/interim interim responses without end, over HTTP/1
 func runOrigin(addresses []string) {
 	mux := http.NewServeMux()
@@ -40,6 +41,7 @@ func runOrigin(addresses []string) {
 			}
 		}
 	})
+	mux.HandleFunc("/bodies", serveBodies)
 	mux.HandleFunc("/interim", func(w http.ResponseWriter, _ *http.Request) {
 		conn, _, err := http.NewResponseController(w).Hijack()
 		if err != nil {

@@ -103,6 +103,9 @@ func TestOperators(t *testing.T) {
 	inbound.HTTP.GRPCStatus = []byte("16")
 	tcp := connection(flow.Outbound, flow.Opaque, flow.UpstreamTimeout)
 	tcp.Attempts = 3
+	balanced := connection(flow.Outbound, flow.TLS, flow.Closed)
+	balanced.SetClient(netip.MustParseAddrPort("203.0.113.9:4660"))
+	balanced.SetTLS(flow.Hello{ServerName: "a.example"})
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -129,6 +132,7 @@ func TestOperators(t *testing.T) {
 		{"%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%", inbound, "198.51.100.2:80 198.51.100.2 80"},
 		{"%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%", inbound, "[2001:db8::1]:0 2001:db8::1 0"},
 		{"%DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_REMOTE_PORT%", inbound, "198.51.100.1:61751 198.51.100.1 61751"},
+		{"%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %REQUESTED_SERVER_NAME%", balanced, "203.0.113.9:4660 198.51.100.2:36520 a.example"},
 		{"%UPSTREAM_CLUSTER% %UPSTREAM_CLUSTER_RAW% %UPSTREAM_HOST%", inbound, "inbound|80|| inbound|80|| 198.51.100.2:80"},
 		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", inbound, "0"},
 		{"%UPSTREAM_REQUEST_ATTEMPT_COUNT%", tcp, "3"},

@@ -321,10 +321,7 @@ func (a address) of(r *flow.Record) netip.AddrPort {
 		}
 		return r.Downstream
 	case downstreamDirect:
-		if r.Connection != nil {
-			return r.Connection.Downstream
-		}
-		return r.Downstream
+		return r.Direct()
 	}
 	return netip.AddrPort{}
 }

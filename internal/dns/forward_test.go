@@ -250,61 +250,67 @@ func TestTheNextServerIsQueriedAfterAFailure(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel() // most of the time is spent waiting
-			second := standing(t, fixed("example. 60 A 192.0.2.2"))
-			r := serve(t, addrs(c.first, second), soon)
-			m := r.ask(t, "udp", question("example.", dns.TypeA))
-			moved := len(m.Answer) == 1 && m.Answer[0].(*dns.A).A.String() == "192.0.2.2"
-			if moved != c.moves {
-				t.Errorf("the second server was queried: %t, want %t\n%v", moved, c.moves, m)
-			}
-			alone := serve(t, addrs(c.first), soon)
-			switch m := alone.ask(t, "udp", question("example.", dns.TypeA)); {
-			case c.name == "truncated, and no TCP":
-				if !m.Truncated {
-					t.Errorf("alone: the answer has no TC:\n%v", m)
+			nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+				second := standing(t, fixed("example. 60 A 192.0.2.2"))
+				r := serve(t, addrs(c.first, second), within(limit))
+				m := r.ask(t, "udp", question("example.", dns.TypeA))
+				moved := len(m.Answer) == 1 && m.Answer[0].(*dns.A).A.String() == "192.0.2.2"
+				if moved != c.moves {
+					t.Errorf("the second server was queried: %t, want %t\n%v", moved, c.moves, m)
 				}
-				if alone.upstreams[0].dead.Load() != 0 {
-					t.Error("a server that answers over UDP is marked as dead")
+				alone := serve(t, addrs(c.first), within(limit))
+				switch m := alone.ask(t, "udp", question("example.", dns.TypeA)); {
+				case c.name == "truncated, and no TCP":
+					if !m.Truncated {
+						t.Errorf("alone: the answer has no TC:\n%v", m)
+					}
+					if alone.upstreams[0].dead.Load() != 0 {
+						t.Error("a server that answers over UDP is marked as dead")
+					}
+					if m := alone.ask(t, "tcp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
+						t.Errorf("alone, over TCP:\n%v", m)
+					}
+				case strings.ToUpper(c.name) == c.name:
+					if dns.RcodeToString[m.Rcode] != c.name {
+						t.Errorf("alone: the answer was not passed through:\n%v", m)
+					}
+				case c.moves && m.Rcode != dns.RcodeServerFailure:
+					t.Errorf("alone:\n%v", m)
 				}
-				if m := alone.ask(t, "tcp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeServerFailure {
-					t.Errorf("alone, over TCP:\n%v", m)
-				}
-			case strings.ToUpper(c.name) == c.name:
-				if dns.RcodeToString[m.Rcode] != c.name {
-					t.Errorf("alone: the answer was not passed through:\n%v", m)
-				}
-			case c.moves && m.Rcode != dns.RcodeServerFailure:
-				t.Errorf("alone:\n%v", m)
-			}
+			})
 		})
 	}
 }
 
 func TestOneLostPacketDoesNotFailALookup(t *testing.T) {
-	var seen atomic.Int32
-	server := packets(t, func(query []byte) [][]byte {
-		if seen.Add(1) == 1 {
-			return nil
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		var seen atomic.Int32
+		server := packets(t, func(query []byte) [][]byte {
+			if seen.Add(1) == 1 {
+				return nil
+			}
+			return [][]byte{address(query)}
+		})
+		r := serve(t, addrs(server), within(limit))
+		if m := r.ask(t, "udp", question("example.", dns.TypeA)); len(m.Answer) != 1 {
+			t.Errorf("the answer is\n%v", m)
 		}
-		return [][]byte{address(query)}
 	})
-	r := serve(t, addrs(server), soon)
-	if m := r.ask(t, "udp", question("example.", dns.TypeA)); len(m.Answer) != 1 {
-		t.Errorf("the answer is\n%v", m)
-	}
 }
 
 func TestAServerThatHasAnsweredIsNotQueriedAgain(t *testing.T) {
-	var refused, silent atomic.Int32
-	r := serve(t, addrs(
-		standing(t, counting(&refused, coded(dns.RcodeRefused))),
-		packets(t, func([]byte) [][]byte { silent.Add(1); return nil })), soon)
-	if m := r.ask(t, "udp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeRefused {
-		t.Errorf("the answer is\n%v", m)
-	}
-	if refused.Load() != 1 || silent.Load() != rounds {
-		t.Errorf("the refusing server was queried %d times, the silent one %d times", refused.Load(), silent.Load())
-	}
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		var refused, silent atomic.Int32
+		r := serve(t, addrs(
+			standing(t, counting(&refused, coded(dns.RcodeRefused))),
+			packets(t, func([]byte) [][]byte { silent.Add(1); return nil })), within(limit))
+		if m := r.ask(t, "udp", question("example.", dns.TypeA)); m.Rcode != dns.RcodeRefused {
+			t.Errorf("the answer is\n%v", m)
+		}
+		if refused.Load() != 1 || silent.Load() != rounds {
+			t.Errorf("the refusing server was queried %d times, the silent one %d times", refused.Load(), silent.Load())
+		}
+	})
 }
 
 func TestAForgedAnswerDoesNotHideTheRealOne(t *testing.T) {
@@ -392,103 +398,113 @@ func TestAServerWithoutEDNSIsQueriedWithoutIt(t *testing.T) {
 }
 
 func TestAQueryWhoseOPTIsDroppedIsRepeatedWithoutIt(t *testing.T) {
-	server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
-		if r.IsEdns0() == nil { // a query with an OPT gets no answer
-			big(3000)(w, r)
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		server := standing(t, func(w dns.ResponseWriter, r *dns.Msg) {
+			if r.IsEdns0() == nil { // a query with an OPT gets no answer
+				big(3000)(w, r)
+			}
+		})
+		r := serve(t, addrs(server), within(limit))
+		if m := r.ask(t, "tcp", question("example.", dns.TypeTXT)); len(m.Answer) < 10 {
+			t.Errorf("the answer is\n%v", m)
 		}
 	})
-	r := serve(t, addrs(server), soon)
-	if m := r.ask(t, "tcp", question("example.", dns.TypeTXT)); len(m.Answer) < 10 {
-		t.Errorf("the answer is\n%v", m)
-	}
 }
 
 func TestADeadServerIsQueriedLastForAWhile(t *testing.T) {
-	var asked atomic.Int32
-	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
-	alive := standing(t, fixed())
-	r := prepare(t, addrs(dead, alive), soon)
-	now := &clock{at: time.Now()}
-	r.now = now.now
-	r.Start()
-	for i, c := range []struct {
-		later time.Duration
-		want  int32
-	}{{0, 1}, {0, 1}, {deadTime - 1, 1}, {1, 2}, {0, 2}} {
-		now.add(c.later)
-		r.ask(t, "udp", question("example.", dns.TypeA))
-		if got := asked.Load(); got != c.want {
-			t.Errorf("after query %d, the dead server was queried %d times, want %d", i, got, c.want)
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		var asked atomic.Int32
+		dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
+		alive := standing(t, fixed())
+		r := prepare(t, addrs(dead, alive), within(limit))
+		now := &clock{at: time.Now()}
+		r.now = now.now
+		r.Start()
+		for i, c := range []struct {
+			later time.Duration
+			want  int32
+		}{{0, 1}, {0, 1}, {deadTime - 1, 1}, {1, 2}, {0, 2}} {
+			now.add(c.later)
+			r.ask(t, "udp", question("example.", dns.TypeA))
+			if got := asked.Load(); got != c.want {
+				t.Errorf("after query %d, the dead server was queried %d times, want %d", i, got, c.want)
+			}
 		}
-	}
+	})
 }
 
 // If this process cannot open a socket, the server is not the cause.
 func TestAServerIsNotDeadWhenThisProcessLacksDescriptors(t *testing.T) {
-	alive := standing(t, fixed())
-	r := prepare(t, addrs(alive), soon, func(c *Config) {
-		dial := new(net.Dialer).DialContext
-		var lacks atomic.Bool
-		lacks.Store(true)
-		c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-			if lacks.Swap(false) {
-				return nil, os.NewSyscallError("socket", syscall.EMFILE)
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		alive := standing(t, fixed())
+		r := prepare(t, addrs(alive), within(limit), func(c *Config) {
+			dial := new(net.Dialer).DialContext
+			var lacks atomic.Bool
+			lacks.Store(true)
+			c.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+				if lacks.Swap(false) {
+					return nil, os.NewSyscallError("socket", syscall.EMFILE)
+				}
+				return dial(ctx, network, address)
 			}
-			return dial(ctx, network, address)
+		})
+		r.Start()
+		r.ask(t, "udp", question("example.", dns.TypeA))
+		if until := r.upstreams[0].dead.Load(); until != 0 {
+			t.Error("the server is marked as dead")
 		}
 	})
-	r.Start()
-	r.ask(t, "udp", question("example.", dns.TypeA))
-	if until := r.upstreams[0].dead.Load(); until != 0 {
-		t.Error("the server is marked as dead")
-	}
 }
 
 // One query tries a dead server again; the others do not wait for its result.
 func TestOneQueryTriesADeadServerAgain(t *testing.T) {
-	var asked atomic.Int32
-	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
-	alive := standing(t, fixed())
-	r := prepare(t, addrs(dead, alive), soon)
-	now := &clock{at: time.Now()}
-	r.now = now.now
-	r.Start()
-	r.ask(t, "udp", question("first.example.", dns.TypeA))
-	now.add(deadTime)
-	var all sync.WaitGroup
-	for i := range 20 {
-		all.Go(func() { r.ask(t, "udp", question(fmt.Sprintf("%d.example.", i), dns.TypeA)) })
-	}
-	all.Wait()
-	if got := asked.Load(); got != 2 {
-		t.Errorf("the dead server was queried %d times, want 2", got)
-	}
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		var asked atomic.Int32
+		dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
+		alive := standing(t, fixed())
+		r := prepare(t, addrs(dead, alive), within(limit))
+		now := &clock{at: time.Now()}
+		r.now = now.now
+		r.Start()
+		r.ask(t, "udp", question("first.example.", dns.TypeA))
+		now.add(deadTime)
+		var all sync.WaitGroup
+		for i := range 20 {
+			all.Go(func() { r.ask(t, "udp", question(fmt.Sprintf("%d.example.", i), dns.TypeA)) })
+		}
+		all.Wait()
+		if got := asked.Load(); got != 2 {
+			t.Errorf("the dead server was queried %d times, want 2", got)
+		}
+	})
 }
 
 func TestAServerThatFailsForSomeNamesDoesNotFillTheLog(t *testing.T) {
-	server := packets(t, func(query []byte) [][]byte {
-		if m, _ := parse(query); m.name()[0] == 1 { // a name whose first label is one letter
-			return nil
+	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
+		server := packets(t, func(query []byte) [][]byte {
+			if m, _ := parse(query); m.name()[0] == 1 { // a name whose first label is one letter
+				return nil
+			}
+			return [][]byte{address(query)}
+		})
+		var log bytes.Buffer
+		now := &clock{at: time.Now()}
+		r := prepare(t, addrs(server), func(c *Config) {
+			c.Timeout = limit
+			c.Log = slog.New(slog.NewTextHandler(&log, nil))
+		})
+		r.now = now.now
+		r.Start()
+		for _, want := range []int{1, 1, 2} { // lines of each kind
+			for _, name := range []string{"a.example.", "some.example.", "b.example.", "more.example."} {
+				r.ask(t, "udp", question(name, dns.TypeA))
+			}
+			if silent, again := strings.Count(log.String(), "does not answer"), strings.Count(log.String(), "answers again"); silent != want || again != want {
+				t.Errorf("%d lines report that the server does not answer, %d that it answers again, want %d:\n%s", silent, again, want, &log)
+			}
+			now.add(logInterval / 2)
 		}
-		return [][]byte{address(query)}
 	})
-	var log bytes.Buffer
-	now := &clock{at: time.Now()}
-	r := prepare(t, addrs(server), func(c *Config) {
-		c.Timeout = 100 * time.Millisecond
-		c.Log = slog.New(slog.NewTextHandler(&log, nil))
-	})
-	r.now = now.now
-	r.Start()
-	for _, want := range []int{1, 1, 2} { // lines of each kind
-		for _, name := range []string{"a.example.", "some.example.", "b.example.", "more.example."} {
-			r.ask(t, "udp", question(name, dns.TypeA))
-		}
-		if silent, again := strings.Count(log.String(), "does not answer"), strings.Count(log.String(), "answers again"); silent != want || again != want {
-			t.Errorf("%d lines report that the server does not answer, %d that it answers again, want %d:\n%s", silent, again, want, &log)
-		}
-		now.add(logInterval / 2)
-	}
 }
 
 func TestZoneTransfersAreRefused(t *testing.T) {

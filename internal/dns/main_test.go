@@ -58,8 +58,11 @@ func prepare(t testing.TB, upstreams []netip.AddrPort, change ...func(*Config)) 
 	return &resolver{s, udp.LocalAddr().String()}
 }
 
-// soon sets a short Timeout, for upstreams that do not answer. Those that do still answer within it.
-func soon(c *Config) { c.Timeout = 200 * time.Millisecond }
+// soon is a short Timeout, for upstreams that do not answer. On a busy machine others may need longer.
+const soon = 200 * time.Millisecond
+
+// within sets Timeout.
+func within(limit time.Duration) func(*Config) { return func(c *Config) { c.Timeout = limit } }
 
 // sockets returns sockets that are bound to the same port of loopback.
 func sockets(t testing.TB) (*net.UDPConn, *net.TCPListener) {
@@ -115,13 +118,20 @@ func packets(t testing.TB, handler func(query []byte) [][]byte) netip.AddrPort {
 	return udp.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// refusing returns a port of loopback where nothing listens.
+// refusing returns an address of loopback that refuses TCP connections and datagrams: its sockets do not listen, and are
+// connected to another one.
 func refusing(t testing.TB) netip.AddrPort {
 	t.Helper()
-	udp, tcp := sockets(t)
-	udp.Close()
-	tcp.Close()
-	return udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	for range 20 {
+		at := nettest.Refusing(t)
+		udp, err := net.DialUDP("udp4", net.UDPAddrFromAddrPort(at), &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9})
+		if err == nil {
+			t.Cleanup(func() { udp.Close() })
+			return at
+		}
+	}
+	t.Fatal("no port is free for both UDP and TCP")
+	return netip.AddrPort{}
 }
 
 // fixed answers every query with these records.

@@ -186,16 +186,18 @@ func TestManyQueriesOnOneConnectionAreAllAnswered(t *testing.T) {
 func TestAnIdleConnectionIsClosed(t *testing.T) {
 	query := framed(pack(t, question("example.", dns.TypeA)))
 	for name, sent := range map[string][]byte{"nothing": nil, "half a query": query[:9], "a query": query} {
-		r := prepare(t, addrs(standing(t, fixed())))
-		r.idle = 50 * time.Millisecond
-		r.Start()
-		conn := dial(t, r)
-		if _, err := conn.Write(sent); err != nil {
-			t.Fatal(err)
-		}
-		if answer, err := io.ReadAll(conn); err != nil || len(answer) > 0 != (len(sent) == len(query)) {
-			t.Errorf("%s: % x, %v", name, answer, err)
-		}
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r := prepare(t, addrs(standing(t, fixed())))
+			r.idle = limit
+			r.Start()
+			conn := dial(t, r)
+			if _, err := conn.Write(sent); err != nil {
+				t.Fatal(err)
+			}
+			if answer, err := io.ReadAll(conn); err != nil || len(answer) > 0 != (len(sent) == len(query)) {
+				t.Errorf("%s: % x, %v", name, answer, err)
+			}
+		})
 	}
 }
 

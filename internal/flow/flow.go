@@ -80,8 +80,8 @@ type Record struct {
 	Sent                atomic.Uint64  // bytes written to downstream; of a response, its body
 	Requests            atomic.Uint64  // of a connection: requests that have ended
 
-	hello *Hello   // of a TLS connection; nil: none, as most connections
-	HTTP  *Request // of a request, never nil. All connections share an empty one, which must not be changed
+	rare *rare    // of a connection; nil: it has nothing of it, as most connections
+	HTTP *Request // of a request, never nil. All connections share an empty one, which must not be changed
 
 	// Of a request: its connection, whose counters add up all its requests. nil for a connection.
 	Connection *Record
@@ -184,6 +184,12 @@ func (s *Security) Agrees(w *Workload) bool {
 	_, rest, found := strings.Cut(s.Peer, "/ns/")
 	namespace, _, _ := strings.Cut(rest, "/")
 	return !found || namespace == w.Namespace
+}
+
+// rare is what few connections have.
+type rare struct {
+	hello  Hello          // of TLS; zero: none
+	direct netip.AddrPort // of the load balancer that has named Downstream; invalid: none
 }
 
 // Hello is the unencrypted part of a TLS handshake that identifies the server.
@@ -323,7 +329,7 @@ func (r *Record) DownstreamFailure() string {
 
 // ServerName returns the server name of the TLS handshake of the record's connection; empty without one.
 func (r *Record) ServerName() string {
-	if r.hello == nil && r.Connection != nil {
+	if r.rare == nil && r.Connection != nil {
 		r = r.Connection
 	}
 	return r.TLS().ServerName
@@ -331,17 +337,36 @@ func (r *Record) ServerName() string {
 
 // TLS returns what the client of a TLS connection has asked for; the zero Hello for others.
 func (r *Record) TLS() Hello {
-	if r.hello == nil {
+	if r.rare == nil {
 		return Hello{}
 	}
-	return *r.hello
+	return r.rare.hello
 }
 
 // SetTLS records that a connection is one of TLS, unless h is the zero Hello.
 func (r *Record) SetTLS(h Hello) {
-	if r.hello = nil; h.ServerName != "" || h.ALPN != nil {
-		r.hello = &Hello{h.ServerName, h.ALPN}
+	if r.rare != nil {
+		r.rare.hello = h
+	} else if h.ServerName != "" || h.ALPN != nil {
+		r.rare = &rare{hello: h}
 	}
+}
+
+// SetClient makes client Downstream. The address of the load balancer that has named it is kept for Direct.
+func (r *Record) SetClient(client netip.AddrPort) {
+	r.rare = &rare{direct: r.Downstream}
+	r.Downstream = client
+}
+
+// Direct returns the source of the connection's packets: Downstream of a connection, or the load balancer that has named it.
+func (r *Record) Direct() netip.AddrPort {
+	if r.Connection != nil {
+		r = r.Connection
+	}
+	if r.rare != nil && r.rare.direct.IsValid() {
+		return r.rare.direct
+	}
+	return r.Downstream
 }
 
 // GRPCStatus returns the number of the response's status of gRPC. Without a valid one it is the status that stands for that of

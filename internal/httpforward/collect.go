@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"io"
 	"slices"
 	"time"
 
@@ -84,7 +85,7 @@ func (c *Collected) take(body *http1.Body, b []byte) (n int, err error) {
 // fillBody reads more of a body behind its head, for which the buffer may grow to limit. It reports false if there is no room.
 func (x *exchange) fillBody(limit int) (more bool, err error) {
 	s := x.s
-	deadline, late := x.bodyDeadline()
+	deadline, late := x.bodyDeadline(after(x.settings.IdleTimeout))
 	for {
 		_, err := s.Read.Fill(s.Down)
 		switch {
@@ -111,16 +112,75 @@ func (x *exchange) fillBody(limit int) (more bool, err error) {
 	}
 }
 
-// bodyDeadline returns when a wait for more of a body ends, and the reply after that; nil: the connection ends.
-func (x *exchange) bodyDeadline() (at time.Time, late *reply) {
-	at = after(x.settings.IdleTimeout)
+// bodyDeadline returns when a wait for more of a body ends, and the reply after that; nil: the connection ends. quiet is when
+// no byte has moved for too long.
+func (x *exchange) bodyDeadline(quiet time.Time) (at time.Time, late *reply) {
 	if x.settings.edge == nil {
-		return at, nil
+		return quiet, nil
 	}
-	if end := x.arriveEnd; !end.IsZero() && (at.IsZero() || end.Before(at)) {
+	if end := x.arriveEnd; !end.IsZero() && (quiet.IsZero() || end.Before(quiet)) {
 		return end, &replyUnfinished
 	}
-	return at, &replyIdleUnread
+	return quiet, &replyIdleUnread
+}
+
+// await waits for an answer, for as long as the request may be silent or unfinished. An error means that the exchange is over:
+// as in pause, also if downstream half-closes. x.late is the reply then; nil: the connection ends.
+func (x *exchange) await(c Check) error {
+	s := x.s
+	c.Notify(s.w.Wake)
+	quiet := after(x.settings.IdleTimeout)
+	deadline, late := x.bodyDeadline(quiet)
+	for !c.Answered() {
+		switch {
+		case s.Down.Failed() != nil:
+			return s.Down.Failed()
+		case s.Down.Ended():
+			return io.EOF
+		case !x.holdHead():
+			return tcp.ErrInterrupted
+		}
+		switch err := s.w.Wait(deadline, s.Down, s.up); {
+		case err == nil:
+		case !errors.Is(err, tcp.ErrDeadline):
+			return err
+		case late == &replyUnfinished && x.complete():
+			x.arriveEnd = time.Time{}
+			deadline, late = x.bodyDeadline(quiet)
+		default:
+			if x.late = late; late == &replyIdleUnread && x.complete() {
+				x.late = &replyIdle
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// complete reports whether the whole request has arrived. It reads what waits in the kernel, as far as an ordinary buffer has
+// room for it: the wait did not read.
+func (x *exchange) complete() bool {
+	s := x.s
+	for more := true; more; {
+		_, err := s.Read.Fill(s.Down)
+		more = err == nil || err == tcp.ErrFull && s.Read.Grow(ordinaryHead)
+	}
+	framing, err := x.requestHead.RequestFraming(x.head())
+	if err != nil {
+		return false // it has been accepted before, so this does not happen
+	}
+	var body http1.Body
+	body.Start(framing, x.settings.limits())
+	for b := s.Read.Bytes()[x.headLength():]; !body.Done(); {
+		n := int(min(body.Payload(), int64(len(b))))
+		if n > 0 {
+			body.Skip(int64(n))
+		} else if n, _, err = body.Line(b); n == 0 || err != nil {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
 }
 
 // tellToContinue sends 100 (Continue) to a client that waits for it. Upstream is not asked for another one.

@@ -2,6 +2,7 @@ package httpforward
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -26,43 +27,44 @@ type conversation struct {
 }
 
 // deeds are the steps that send or read no text.
-var deeds = map[string]func(t *testing.T, s *stage){
-	"client closes its half": func(t *testing.T, s *stage) { s.client.CloseWrite() },
-	"client closes":          func(t *testing.T, s *stage) { s.client.Close() },
-	"client resets":          func(t *testing.T, s *stage) { s.client.SetLinger(0); s.client.Close() },
-	"client reads a message that ends the connection": func(t *testing.T, s *stage) {
+var deeds = map[string]func(t testing.TB, s *stage){
+	"client closes its half": func(t testing.TB, s *stage) { s.client.CloseWrite() },
+	"client closes":          func(t testing.TB, s *stage) { s.client.Close() },
+	"client resets":          func(t testing.TB, s *stage) { s.client.SetLinger(0); s.client.Close() },
+	"client reads a message that ends the connection": func(t testing.TB, s *stage) {
 		rest, err := io.ReadAll(s.client)
 		if err != nil || !strings.Contains(string(rest), "\r\nConnection: close\r\n") {
 			t.Fatalf("the client reads %q and %v", rest, err)
 		}
 	},
-	"client reads the end":        func(t *testing.T, s *stage) { readsEnd(t, s.client, "the client") },
-	"client is reset":             func(t *testing.T, s *stage) { readsReset(t, s.client, "the client") },
-	"client connects again":       func(t *testing.T, s *stage) { s.client = s.rig.dial(t) },
-	"upstream closes its half":    func(t *testing.T, s *stage) { s.upstream().CloseWrite() },
-	"upstream closes":             func(t *testing.T, s *stage) { s.upstream().Close() },
-	"upstream resets":             func(t *testing.T, s *stage) { s.upstream().SetLinger(0); s.upstream().Close() },
-	"upstream reads the end":      func(t *testing.T, s *stage) { readsEnd(t, s.upstream(), "upstream") },
-	"upstream is reset":           func(t *testing.T, s *stage) { readsReset(t, s.upstream(), "upstream") },
-	"upstream is gone":            func(t *testing.T, s *stage) { s.server = nil }, // the next step is about another connection
-	"some time passes":            func(t *testing.T, s *stage) { time.Sleep(80 * time.Millisecond) },
-	"a longer time passes":        func(t *testing.T, s *stage) { time.Sleep(500 * time.Millisecond) },
-	"upstream gets a connection":  func(t *testing.T, s *stage) { s.server = s.origin.accept() },
-	"upstream listens no more":    func(t *testing.T, s *stage) { s.origin.listener.Close() },
-	"the end is announced":        func(t *testing.T, s *stage) { s.rig.engine.Announce() },
-	"the agent drains":            func(t *testing.T, s *stage) { s.rig.engine.Drain(); s.rig.poller.WakeAll() },
-	"the pool was not asked":      func(t *testing.T, s *stage) { s.unasked(t) },
-	"nothing is left in the pool": func(t *testing.T, s *stage) { s.pooled(t, 0) },
-	"the pool has a connection":   func(t *testing.T, s *stage) { s.pooled(t, 1) },
+	"client reads the end":        func(t testing.TB, s *stage) { readsEnd(t, s.client, "the client") },
+	"client is reset":             func(t testing.TB, s *stage) { readsReset(t, s.client, "the client") },
+	"client connects again":       func(t testing.TB, s *stage) { s.client = s.rig.dial(t) },
+	"upstream closes its half":    func(t testing.TB, s *stage) { s.upstream().CloseWrite() },
+	"upstream closes":             func(t testing.TB, s *stage) { s.upstream().Close() },
+	"upstream resets":             func(t testing.TB, s *stage) { s.upstream().SetLinger(0); s.upstream().Close() },
+	"upstream reads the end":      func(t testing.TB, s *stage) { readsEnd(t, s.upstream(), "upstream") },
+	"upstream is reset":           func(t testing.TB, s *stage) { readsReset(t, s.upstream(), "upstream") },
+	"upstream is gone":            func(t testing.TB, s *stage) { s.server = nil }, // the next step is about another connection
+	"some time passes":            func(t testing.TB, s *stage) { time.Sleep(3 * s.limit) },
+	"a longer time passes":        func(t testing.TB, s *stage) { time.Sleep(16 * s.limit) },
+	"upstream gets a connection":  func(t testing.TB, s *stage) { s.server = s.origin.accept() },
+	"upstream listens no more":    func(t testing.TB, s *stage) { s.origin.listener.Close() },
+	"the end is announced":        func(t testing.TB, s *stage) { s.rig.engine.Announce() },
+	"the agent drains":            func(t testing.TB, s *stage) { s.rig.engine.Drain(); s.rig.poller.WakeAll() },
+	"the pool was not asked":      func(t testing.TB, s *stage) { s.unasked(t) },
+	"nothing is left in the pool": func(t testing.TB, s *stage) { s.pooled(t, 0) },
+	"the pool has a connection":   func(t testing.TB, s *stage) { s.pooled(t, 1) },
 }
 
 // stage is where a conversation takes place.
 type stage struct {
-	t      *testing.T
+	t      testing.TB
 	rig    *rig
 	origin *origin
 	client *net.TCPConn
 	server *net.TCPConn
+	limit  time.Duration // the short limit of this run
 }
 
 func (s *stage) upstream() *net.TCPConn {
@@ -72,19 +74,19 @@ func (s *stage) upstream() *net.TCPConn {
 	return s.server
 }
 
-func (s *stage) pooled(t *testing.T, want int) {
+func (s *stage) pooled(t testing.TB, want int) {
 	t.Helper()
 	within(t, "the pool is right", func() bool { return s.rig.pool.Idle() == want })
 }
 
-func (s *stage) unasked(t *testing.T) {
+func (s *stage) unasked(t testing.TB) {
 	t.Helper()
 	if stats := &s.rig.pool.Stats; stats.Missed.Load()+stats.Reused.Load() != 0 {
 		t.Errorf("the pool was asked %d times", stats.Missed.Load()+stats.Reused.Load())
 	}
 }
 
-func readsEnd(t *testing.T, conn net.Conn, who string) {
+func readsEnd(t testing.TB, conn net.Conn, who string) {
 	t.Helper()
 	rest, err := io.ReadAll(conn)
 	if len(rest) > 0 || err != nil {
@@ -92,7 +94,7 @@ func readsEnd(t *testing.T, conn net.Conn, who string) {
 	}
 }
 
-func readsReset(t *testing.T, conn net.Conn, who string) {
+func readsReset(t testing.TB, conn net.Conn, who string) {
 	t.Helper()
 	rest, err := io.ReadAll(conn)
 	if len(rest) > 0 || !errors.Is(err, syscall.ECONNRESET) {
@@ -102,15 +104,27 @@ func readsReset(t *testing.T, conn net.Conn, who string) {
 
 var escapes = strings.NewReplacer(`\r`, "\r", `\n`, "\n", `\0`, "\x00", `\t`, "\t", "$", "\r\n")
 
+// long is a limit within which upstream responds also on a slow machine, and which a longer time exceeds.
+func long(limit time.Duration) time.Duration { return 13 * limit }
+
 // play acts a conversation out.
-func (c conversation) play(t *testing.T, configure ...func(*Config)) {
+func (c conversation) play(t testing.TB, configure ...func(*Config)) {
 	c.playOn(t, func(*rig) {}, configure...)
 }
 
 // playOn acts a conversation out on a rig that prepare has changed.
-func (c conversation) playOn(t *testing.T, prepare func(*rig), configure ...func(*Config)) {
+func (c conversation) playOn(t testing.TB, prepare func(*rig), configure ...func(*Config)) {
+	t.Helper()
+	c.playUnder(t, 30*time.Millisecond, prepare, configure...)
+}
+
+// playUnder is playOn with limits of time: in texts, SHORT stands for limit in milliseconds, and LONG and HALF for long(limit)
+// and the half of it.
+func (c conversation) playUnder(t testing.TB, limit time.Duration, prepare func(*rig), configure ...func(*Config)) {
+	t.Helper()
+	limits := strings.NewReplacer("SHORT", fmt.Sprint(limit.Milliseconds()), "LONG", fmt.Sprint(long(limit).Milliseconds()), "HALF", fmt.Sprint(long(limit).Milliseconds()/2))
 	o := newOrigin(t)
-	s := &stage{t: t, origin: o, rig: newRig(t, o.address, false, append([]func(*Config){plain}, configure...)...)}
+	s := &stage{t: t, limit: limit, origin: o, rig: newRig(t, o.address, false, append([]func(*Config){plain}, configure...)...)}
 	s.rig.set(func() { prepare(s.rig) })
 	s.client = s.rig.dial(t)
 	for line := range strings.Lines(c.script) {
@@ -120,7 +134,7 @@ func (c conversation) playOn(t *testing.T, prepare func(*rig), configure ...func
 		}
 		t.Log(line)
 		verb, text, _ := strings.Cut(line, " ")
-		text = escapes.Replace(text)
+		text = limits.Replace(escapes.Replace(text))
 		switch verb {
 		case ">":
 			send(t, s.client, text)

@@ -15,7 +15,7 @@ import (
 )
 
 // slowEdge starts an engine behind an edge, with a client of it. The server does what the path asks for.
-func slowEdge(t *testing.T, edge *Edge, two bool) (*rig, *http.Client) {
+func slowEdge(t testing.TB, edge *Edge, two bool) (*rig, *http.Client) {
 	t.Helper()
 	server := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -48,22 +48,6 @@ func slowEdge(t *testing.T, edge *Edge, two bool) (*rig, *http.Client) {
 	return r, client
 }
 
-// underLimit runs a test of a limit of time. It runs it again with longer ones if it fails, because a busy machine may be slower
-// than the first.
-func underLimit(t *testing.T, test func(limit time.Duration) error) {
-	t.Helper()
-	for limit := 100 * time.Millisecond; ; limit *= 8 {
-		err := test(limit)
-		if err == nil {
-			return
-		}
-		if limit > 5*time.Second {
-			t.Error(err)
-			return
-		}
-	}
-}
-
 // silence and wholeRequest return an edge with a limit.
 func silence(limit time.Duration) *Edge      { return &Edge{SilenceTimeout: limit} }
 func wholeRequest(limit time.Duration) *Edge { return &Edge{RequestTimeout: limit} }
@@ -78,6 +62,20 @@ type limitCase struct {
 	want   recorded
 
 	collect bool // the decision needs the body
+	ask     bool // the decision needs an answer, and gets no answer
+}
+
+// asking is an atEdge whose decisions need the answer to a question, until that is given up.
+type asking struct {
+	*atEdge
+	*question
+}
+
+func (a asking) Route(r *Request) Decision {
+	if r.Check == nil && a.canceled.Load() == 0 {
+		return Decision{Check: a.question}
+	}
+	return a.atEdge.Route(r)
 }
 
 // A request of which no byte moves, or that does not arrive in time, is answered as Envoy answers it, and a response that has
@@ -97,29 +95,40 @@ func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
 		}
 	}
 	for name, c := range map[string]limitCase{
-		"no response":               {silence, "/never", nil, 504, "stream timeout", silent, false},
-		"unfinished":                {silence, "/", part, 408, "stream timeout", silent, false},
-		"unfinished, collected":     {silence, "/", part, 408, "stream timeout", silent, true},
-		"an unfinished response":    {silence, "/begin", nil, 200, "part", silent, false},
-		"a slow request":            {wholeRequest, "/", slowly, 408, "request timeout", late, false},
-		"a slow request, collected": {wholeRequest, "/", slowly, 408, "request timeout", late, true},
+		"no response":               {silence, "/never", nil, 504, "stream timeout", silent, false, false},
+		"unfinished":                {silence, "/", part, 408, "stream timeout", silent, false, false},
+		"unfinished, collected":     {silence, "/", part, 408, "stream timeout", silent, true, false},
+		"an unfinished response":    {silence, "/begin", nil, 200, "part", silent, false, false},
+		"a slow request":            {wholeRequest, "/", slowly, 408, "request timeout", late, false, false},
+		"a slow request, collected": {wholeRequest, "/", slowly, 408, "request timeout", late, true, false},
+		"asked":                     {silence, "/", nil, 504, "stream timeout", silent, false, true},
+		"unfinished, asked":         {silence, "/", part, 408, "stream timeout", silent, false, true},
+		"a slow request, asked":     {wholeRequest, "/", slowly, 408, "request timeout", late, false, true},
 	} {
 		for _, two := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, HTTP/2 %v", name, two), func(t *testing.T) {
 				t.Parallel()
-				underLimit(t, func(limit time.Duration) error { return c.run(t, limit, two) })
+				nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+					if err := c.run(t, limit, two); err != nil {
+						t.Error(err)
+					}
+				})
 			})
 		}
 	}
 }
 
 // run sends the request, and over HTTP/2 another one on the same connection.
-func (c *limitCase) run(t *testing.T, limit time.Duration, two bool) error {
+func (c *limitCase) run(t testing.TB, limit time.Duration, two bool) error {
 	t.Helper()
 	r, client := slowEdge(t, c.edge(limit), two)
 	defer client.CloseIdleConnections()
-	if c.collect {
+	q := new(question)
+	switch {
+	case c.collect:
 		r.set(func() { r.router = collecting{r.router.(*atEdge)} })
+	case c.ask:
+		r.set(func() { r.router = asking{r.router.(*atEdge), q} })
 	}
 	method, body := "GET", io.Reader(nil)
 	if c.body != nil {
@@ -142,6 +151,9 @@ func (c *limitCase) run(t *testing.T, limit time.Duration, two bool) error {
 	if got.reason != c.want.reason || got.flags != c.want.flags || got.details != c.want.details || got.status != c.status {
 		return fmt.Errorf("the record is %+v, want %+v", got, c.want)
 	}
+	if n := q.canceled.Load(); (n == 1) != c.ask {
+		return fmt.Errorf("the question was given up %d times", n)
+	}
 	if !two {
 		return nil
 	}
@@ -159,14 +171,91 @@ func (c *limitCase) run(t *testing.T, limit time.Duration, two bool) error {
 	return nil
 }
 
+// A request whose body arrives while it waits for an answer does not exceed the limit of its arrival, however long it waits.
+func TestAnArrivedRequestWaitsForItsAnswer(t *testing.T) {
+	t.Parallel()
+	for _, length := range []int64{-1, 5} {
+		for _, two := range []bool{false, true} {
+			t.Run(fmt.Sprintf("length %d, HTTP/2 %v", length, two), func(t *testing.T) {
+				t.Parallel()
+				nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+					if err := waitBeyond(t, limit, length, two); err != nil {
+						t.Error(err)
+					}
+				})
+			})
+		}
+	}
+}
+
+// waitBeyond sends two requests that wait for an answer, of which the second does not arrive. It answers the first after the
+// second has exceeded the limit.
+func waitBeyond(t testing.TB, limit time.Duration, length int64, two bool) error {
+	t.Helper()
+	r, client := slowEdge(t, wholeRequest(limit), two)
+	defer client.CloseIdleConnections()
+	first, second := new(question), new(question)
+	edge := r.router.(*atEdge)
+	r.set(func() {
+		r.router = limitedPlan{&planned{decide: func(r *Request, d *Decision) {
+			switch d.Target = edge.to; {
+			case r.Check != nil:
+			case string(r.Path) == "/first":
+				d.Check = first
+			default:
+				d.Check = second
+			}
+		}}, edge.edge}
+	})
+	post := func(path string, body io.Reader) <-chan string {
+		answer := make(chan string, 1)
+		go func() {
+			request, _ := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.address+path, body)
+			request.ContentLength = length
+			response, err := client.Do(request)
+			if err != nil {
+				answer <- err.Error()
+				return
+			}
+			response.Body.Close()
+			answer <- response.Status
+		}()
+		return answer
+	}
+	from, to := io.Pipe()
+	defer to.Close()
+	passed := post("/first", from)
+	nettest.Eventually(t, "the first request waits for its answer", func() bool {
+		first.mu.Lock()
+		defer first.mu.Unlock()
+		return first.ready != nil
+	})
+	io.WriteString(to, "whole")
+	to.Close()
+	never, hold := io.Pipe()
+	defer hold.Close()
+	if late := <-post("/second", never); late != "408 Request Timeout" {
+		return fmt.Errorf("the second request: %s", late)
+	}
+	first.answer()
+	if got := <-passed; got != "200 OK" || first.canceled.Load() != 0 {
+		return fmt.Errorf("the first request: %s", got)
+	}
+	return nil
+}
+
 // A stream that moves is not ended by a limit of silence, and does not keep a silent one of its connection.
 func TestTheLimitOfSilenceIsThatOfEachStream(t *testing.T) {
 	t.Parallel()
-	underLimit(t, func(limit time.Duration) error { return moveBesideSilence(t, limit) })
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		if err := moveBesideSilence(t, limit); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // moveBesideSilence keeps a stream moving until a silent one of the same connection is answered.
-func moveBesideSilence(t *testing.T, limit time.Duration) error {
+func moveBesideSilence(t testing.TB, limit time.Duration) error {
 	t.Helper()
 	r, client := slowEdge(t, silence(limit), true)
 	from, to := io.Pipe()
@@ -204,24 +293,31 @@ func moveBesideSilence(t *testing.T, limit time.Duration) error {
 // A head that does not come to its end is answered by the limit that passes first.
 func TestUnfinishedHeadsAreAnsweredAtTheEdge(t *testing.T) {
 	t.Parallel()
-	const limit, long = 50 * time.Millisecond, time.Hour
-	for text, edge := range map[string]*Edge{
-		"stream timeout":         {SilenceTimeout: limit, RequestTimeout: long, HeadTimeout: long},
-		"request timeout":        {SilenceTimeout: long, RequestTimeout: limit, HeadTimeout: long},
-		"request header timeout": {SilenceTimeout: long, RequestTimeout: long, HeadTimeout: limit},
+	const long = time.Hour
+	for text, edge := range map[string]func(limit time.Duration) *Edge{
+		"stream timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: limit, RequestTimeout: long, HeadTimeout: long}
+		},
+		"request timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: long, RequestTimeout: limit, HeadTimeout: long}
+		},
+		"request header timeout": func(limit time.Duration) *Edge {
+			return &Edge{SilenceTimeout: long, RequestTimeout: long, HeadTimeout: limit}
+		},
 	} {
-		r, _ := slowEdge(t, edge, false)
-		client := r.dial(t)
-		send(t, client, "GET / HTTP/1.1\r\nHost: ")
-		client.SetReadDeadline(time.Now().Add(nettest.Patience))
-		response, err := http.ReadResponse(bufio.NewReader(client), nil)
-		if err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-		body, err := io.ReadAll(response.Body)
-		if err != nil || response.StatusCode != 408 || string(body) != text {
-			t.Errorf("%d, %q, %v; want 408, %q", response.StatusCode, body, err, text)
-		}
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r, _ := slowEdge(t, edge(limit), false)
+			client := r.dial(t)
+			send(t, client, "GET / HTTP/1.1\r\nHost: ")
+			response, err := http.ReadResponse(bufio.NewReader(client), nil)
+			if err != nil {
+				t.Fatalf("%s: %v", text, err)
+			}
+			body, err := io.ReadAll(response.Body)
+			if err != nil || response.StatusCode != 408 || string(body) != text {
+				t.Errorf("%d, %q, %v; want 408, %q", response.StatusCode, body, err, text)
+			}
+		})
 	}
 }
 

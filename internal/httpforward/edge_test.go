@@ -40,7 +40,7 @@ func (a *atEdge) Route(r *Request) Decision {
 }
 
 // newEdge starts an engine whose requests come from outside of the mesh. The server answers with the fields that it receives.
-func newEdge(t *testing.T, edge *Edge, two, many bool) (*rig, *atEdge) {
+func newEdge(t testing.TB, edge *Edge, two, many bool) (*rig, *atEdge) {
 	t.Helper()
 	server := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -59,7 +59,7 @@ func newEdge(t *testing.T, edge *Edge, two, many bool) (*rig, *atEdge) {
 }
 
 // newEdgeTo is newEdge with another server.
-func newEdgeTo(t *testing.T, server netip.AddrPort, edge *Edge, two, many bool) (*rig, *atEdge) {
+func newEdgeTo(t testing.TB, server netip.AddrPort, edge *Edge, two, many bool) (*rig, *atEdge) {
 	t.Helper()
 	router := &atEdge{upstream.Target{Address: server}, edge, make(chan netip.AddrPort, 100), make(chan []string, 100)}
 	r := newRig(t, server, two)
@@ -323,24 +323,25 @@ func TestTheEdgeLimitsHeads(t *testing.T) {
 
 // A connection without requests ends by the edge's limit, and one with a request does not.
 func TestAnIdleConnectionEndsByTheLimitOfTheEdge(t *testing.T) {
-	o := newOrigin(t)
-	r := newRig(t, o.address, false, plain)
-	edge := &Edge{IdleTimeout: time.Second} // the client sends its request well before it
-	router := &atEdge{upstream.Target{Address: o.address}, edge, make(chan netip.AddrPort, 10), make(chan []string, 10)}
-	r.set(func() { r.router = router })
-	client := r.dial(t)
-	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-	server := o.accept()
-	head(t, bufio.NewReader(server))
-	client.SetReadDeadline(time.Now().Add(edge.IdleTimeout + edge.IdleTimeout/2)) // the request outlasts the limit
-	if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Fatalf("a connection with a request: %d bytes, %v", n, err)
-	}
-	client.SetReadDeadline(time.Time{})
-	send(t, server, ok("hello"))
-	expect(t, client, ok("hello"))
-	client.SetReadDeadline(time.Now().Add(nettest.Patience))
-	if n, err := client.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		t.Errorf("an idle connection: %d bytes, %v; want its end", n, err)
-	}
+	nettest.UnderLimit(t, 200*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		o := newOrigin(t)
+		r := newRig(t, o.address, false, plain)
+		edge := &Edge{IdleTimeout: limit} // the client sends its request before it
+		router := &atEdge{upstream.Target{Address: o.address}, edge, make(chan netip.AddrPort, 10), make(chan []string, 10)}
+		r.set(func() { r.router = router })
+		client := r.dial(t)
+		send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		server := o.accept()
+		head(t, bufio.NewReader(server))
+		client.SetReadDeadline(time.Now().Add(limit + limit/2)) // the request outlasts the limit
+		if n, err := client.Read(make([]byte, 1)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("a connection with a request: %d bytes, %v", n, err)
+		}
+		client.SetReadDeadline(time.Now().Add(nettest.Patience))
+		send(t, server, ok("hello"))
+		expect(t, client, ok("hello"))
+		if n, err := client.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Errorf("an idle connection: %d bytes, %v; want its end", n, err)
+		}
+	})
 }

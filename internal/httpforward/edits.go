@@ -180,15 +180,15 @@ func (e *edited) AppendOperator(dst []byte, o route.Operator) []byte {
 	case route.DownstreamRemoteAddress:
 		return appendEndpoint(dst, r.Downstream)
 	case route.DownstreamDirectRemoteAddress:
-		return appendEndpoint(dst, c.Downstream)
+		return appendEndpoint(dst, r.Direct())
 	case route.DownstreamRemoteHost:
 		return appendHost(dst, r.Downstream)
 	case route.DownstreamDirectRemoteHost:
-		return appendHost(dst, c.Downstream)
+		return appendHost(dst, r.Direct())
 	case route.DownstreamRemotePort:
 		return appendPort(dst, r.Downstream)
 	case route.DownstreamDirectRemotePort:
-		return appendPort(dst, c.Downstream)
+		return appendPort(dst, r.Direct())
 	case route.DownstreamLocalAddress:
 		return appendEndpoint(dst, r.OriginalDestination)
 	case route.DownstreamLocalHost:

@@ -309,26 +309,6 @@ func (x *exchange) resolve() []byte {
 	return x.head()
 }
 
-// await waits for an answer. An error means that the exchange is over: as in pause, also if downstream half-closes.
-func (x *exchange) await(c Check) error {
-	s := x.s
-	c.Notify(s.w.Wake)
-	for !c.Answered() {
-		switch {
-		case s.Down.Failed() != nil:
-			return s.Down.Failed()
-		case s.Down.Ended():
-			return io.EOF
-		case !x.holdHead():
-			return tcp.ErrInterrupted
-		}
-		if err := s.w.Wait(time.Time{}, s.Down, s.up); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // refusesTrailer reports whether the edge or the decision forbids a field in the trailers of the request.
 func (x *exchange) refusesTrailer(name []byte) bool {
 	return x.settings.edge != nil && x.settings.edge.refusesTrailer(name) || x.decision.refusesTrailer(name)

@@ -823,32 +823,38 @@ func within(t testing.TB, what string, condition func() bool) {
 
 func TestARequestHasItsTime(t *testing.T) {
 	t.Parallel()
-	conversation{"", `
+	nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		conversation{"", `
 		> GET / HTTP/1.1$Host: a$$
 		>> GET / HTTP/1.1$Host: a$$
 		<< HTTP/1.1 504 Gateway Timeout$
 		upstream is reset`,
-		[]recorded{{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
-	}.play(t, func(c *Config) { c.RequestTimeout = 50 * time.Millisecond })
+			[]recorded{{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
+		}.play(t, func(c *Config) { c.RequestTimeout = limit })
+	})
 }
 
 func TestAHeadHasItsTime(t *testing.T) {
 	t.Parallel()
-	conversation{"", `
+	nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		conversation{"", `
 		> GET / HTTP/1.1$Host: 
 		<< HTTP/1.1 408 Request Timeout$`,
-		[]recorded{{reason: flow.HeadTimeout, status: 408, sent: 22}},
-	}.play(t, func(c *Config) { c.HeadTimeout = 50 * time.Millisecond })
+			[]recorded{{reason: flow.HeadTimeout, status: 408, sent: 22}},
+		}.play(t, func(c *Config) { c.HeadTimeout = limit })
+	})
 }
 
 func TestAnIdleConnectionEnds(t *testing.T) {
 	t.Parallel()
-	conversation{"", `
-		> GET / HTTP/1.1$Host: a$$
-		>> GET / HTTP/1.1$Host: a$$
-		< HTTP/1.1 200 OK$Content-Length: 0$$
-		<< HTTP/1.1 200 OK$Content-Length: 0$$
-		client reads the end`,
-		[]recorded{done(200, 0, 0)},
-	}.play(t, func(c *Config) { c.IdleTimeout = 50 * time.Millisecond })
+	nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		conversation{"", `
+			> GET / HTTP/1.1$Host: a$$
+			>> GET / HTTP/1.1$Host: a$$
+			< HTTP/1.1 200 OK$Content-Length: 0$$
+			<< HTTP/1.1 200 OK$Content-Length: 0$$
+			client reads the end`,
+			[]recorded{done(200, 0, 0)},
+		}.play(t, func(c *Config) { c.IdleTimeout = limit })
+	})
 }

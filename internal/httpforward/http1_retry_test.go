@@ -33,13 +33,6 @@ var conditions = map[string]mesh.RetryConditions{
 	"resource-exhausted": mesh.RetryResourceExhausted, "unavailable": mesh.RetryUnavailable,
 }
 
-// unreachable is an address of loopback where nothing listens.
-func unreachable(t *testing.T) netip.AddrPort {
-	o := newOrigin(t)
-	o.listener.Close()
-	return o.address
-}
-
 func response(status string, fields ...string) string {
 	return "HTTP/1.1 " + status + "\r\nContent-Length: 1\r\n" + strings.Join(append(fields, "", ""), "\r\n") + "!"
 }
@@ -83,7 +76,7 @@ func TestARetryNeedsACondition(t *testing.T) {
 			t.Parallel()
 			for name, condition := range conditions {
 				o := newOrigin(t)
-				closed := unreachable(t)
+				closed := nettest.Refusing(t)
 				policy := retrying(condition, 1)
 				policy.Codes = []uint32{501, 503}
 				policy.Headers = []mesh.HeaderMatcher{{Name: "x-again", Present: true}}
@@ -322,20 +315,23 @@ func TestKeptRequestsAreHeldMemory(t *testing.T) {
 
 // The time of an attempt starts with the end of the request, also if an attempt before has failed.
 func TestTheTimeOfAnAttemptStartsWithTheEndOfTheRequest(t *testing.T) {
-	policy := retrying(mesh.Retry5xx, 2)
-	policy.TryTimeout = 400 * time.Millisecond
-	conversation{"", `
-		> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
-		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
-		< HTTP/1.1 503 Busy$Content-Length: 0$$
-		upstream is gone
-		>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
-		a longer time passes
-		> cd
-		>> cd
-		< HTTP/1.1 200 OK$Content-Length: 0$$
-		<< HTTP/1.1 200 OK$Content-Length: 0$$`,
-		[]recorded{{reason: flow.Completed, status: 200, received: 4}}}.playOn(t, withPlan(&route.Plan{Retry: policy}))
+	t.Parallel()
+	nettest.UnderLimit(t, 30*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		policy := retrying(mesh.Retry5xx, 2)
+		policy.TryTimeout = long(limit)
+		conversation{"", `
+			> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+			>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+			< HTTP/1.1 503 Busy$Content-Length: 0$$
+			upstream is gone
+			>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
+			a longer time passes
+			> cd
+			>> cd
+			< HTTP/1.1 200 OK$Content-Length: 0$$
+			<< HTTP/1.1 200 OK$Content-Length: 0$$`,
+			[]recorded{{reason: flow.Completed, status: 200, received: 4}}}.playUnder(t, limit, withPlan(&route.Plan{Retry: policy}))
+	})
 }
 
 // A request whose body is still on its way when an attempt fails is sent again with the part that is there, and goes on.
@@ -399,40 +395,45 @@ func TestTheRouterChoosesAgainForEachAttempt(t *testing.T) {
 }
 
 func TestLimitsOfARoute(t *testing.T) {
-	const short, long = 30 * time.Millisecond, 400 * time.Millisecond // long: upstream responds within it on a slow machine as well
 	none := time.Duration(0)
 	for _, test := range []struct {
 		name   string
-		plan   *route.Plan
+		plan   func(short, long time.Duration) *route.Plan
 		script string
 		want   recorded
 	}{
-		{"of the response's head", &route.Plan{Timeout: short}, `
+		{"of the response's head", func(short, long time.Duration) *route.Plan { return &route.Plan{Timeout: short} }, `
 			> GET / HTTP/1.1$Host: a$$
-			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: 30$$
+			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: SHORT$$
 			<< HTTP/1.1 504 Gateway Timeout$`,
 			recorded{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
-		{"of the response's end", &route.Plan{Timeout: long}, `
+		{"of the response's end", func(short, long time.Duration) *route.Plan { return &route.Plan{Timeout: long} }, `
 			> GET / HTTP/1.1$Host: a$$
-			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: 400$$
+			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: LONG$$
 			< HTTP/1.1 200 OK$Content-Length: 10$$half
 			<< HTTP/1.1 200 OK$Content-Length: 10$$half
 			client is reset`,
 			recorded{reason: flow.RequestTimeout, status: 200, flags: "UT", sent: 4}},
-		{"of all attempts", &route.Plan{Timeout: short, Retry: &mesh.RetryPolicy{On: mesh.Retry5xx, Retries: 1, BackOff: time.Hour, MaxBackOff: time.Hour}}, `
+		{"of all attempts", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{Timeout: short, Retry: &mesh.RetryPolicy{On: mesh.Retry5xx, Retries: 1, BackOff: time.Hour, MaxBackOff: time.Hour}}
+		}, `
 			> GET / HTTP/1.1$Host: a$$
-			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: 30$$
+			>> GET / HTTP/1.1$Host: a$x-envoy-expected-rq-timeout-ms: SHORT$$
 			< HTTP/1.1 503 Busy$Content-Length: 0$$
 			<< HTTP/1.1 504 Gateway Timeout$`,
 			recorded{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 24}},
-		{"of an attempt, exhausted", &route.Plan{Retry: &mesh.RetryPolicy{On: mesh.RetryReset, Retries: 1, TryTimeout: short}}, `
+		{"of an attempt, exhausted", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{Retry: &mesh.RetryPolicy{On: mesh.RetryReset, Retries: 1, TryTimeout: short}}
+		}, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			upstream is gone
 			>> GET / HTTP/1.1$Host: a$$
 			<< HTTP/1.1 504 Gateway Timeout$`,
 			recorded{reason: flow.RequestTimeout, status: 504, flags: "URX,UT", sent: 24}},
-		{"of an attempt, once the response has begun", &route.Plan{Retry: &mesh.RetryPolicy{On: mesh.RetryReset, Retries: 1, TryTimeout: long}}, `
+		{"of an attempt, once the response has begun", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{Retry: &mesh.RetryPolicy{On: mesh.RetryReset, Retries: 1, TryTimeout: long}}
+		}, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			< HTTP/1.1 200 OK$Content-Length: 10$$half
@@ -441,52 +442,58 @@ func TestLimitsOfARoute(t *testing.T) {
 			< andend
 			<< andend`,
 			recorded{reason: flow.Completed, status: 200, sent: 10}},
-		{"of the stream", &route.Plan{MaxStream: new(short)}, `
+		{"of the stream", func(short, long time.Duration) *route.Plan { return &route.Plan{MaxStream: new(short)} }, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			<< HTTP/1.1 504 Gateway Timeout$`,
 			recorded{reason: flow.RequestTimeout, status: 504, flags: "UT", sent: 27}},
-		{"of the stream, while the request is on its way", &route.Plan{MaxStream: new(short)}, `
+		{"of the stream, while the request is on its way", func(short, long time.Duration) *route.Plan { return &route.Plan{MaxStream: new(short)} }, `
 			> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
 			>> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
 			<< HTTP/1.1 408 Request Timeout$`,
 			recorded{reason: flow.RequestTimeout, status: 408, flags: "UT", received: 2, sent: 27}},
-		{"begin with the end of the request", &route.Plan{Timeout: long, Retry: &mesh.RetryPolicy{On: mesh.RetryReset, TryTimeout: long / 2}}, `
+		{"begin with the end of the request", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{Timeout: long, Retry: &mesh.RetryPolicy{On: mesh.RetryReset, TryTimeout: long / 2}}
+		}, `
 			> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
-			>> POST / HTTP/1.1$Host: a$Content-Length: 4$x-envoy-expected-rq-timeout-ms: 200$$ab
+			>> POST / HTTP/1.1$Host: a$Content-Length: 4$x-envoy-expected-rq-timeout-ms: HALF$$ab
 			a longer time passes
 			> cd
 			>> cd
 			< HTTP/1.1 200 OK$Content-Length: 0$$
 			<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 			recorded{reason: flow.Completed, status: 200, received: 4}},
-		{"of zero are none", &route.Plan{MaxStream: &none, Idle: &none, GRPCTimeout: &none}, `
+		{"of zero are none", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{MaxStream: &none, Idle: &none, GRPCTimeout: &none}
+		}, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			some time passes
 			< HTTP/1.1 200 OK$Content-Length: 0$$
 			<< HTTP/1.1 200 OK$Content-Length: 0$$`,
 			recorded{reason: flow.Completed, status: 200}},
-		{"of silence before a response", &route.Plan{Idle: new(short)}, `
+		{"of silence before a response", func(short, long time.Duration) *route.Plan { return &route.Plan{Idle: new(short)} }, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			<< HTTP/1.1 504 Gateway Timeout$`,
 			recorded{reason: flow.IdleTimeout, status: 504, flags: "SI", sent: 14}},
-		{"of silence in a request, beside a longer limit", &route.Plan{Idle: new(short), Timeout: time.Hour}, `
+		{"of silence in a request, beside a longer limit", func(short, long time.Duration) *route.Plan { return &route.Plan{Idle: new(short), Timeout: time.Hour} }, `
 			> POST / HTTP/1.1$Host: a$Content-Length: 4$$ab
 			>> POST / HTTP/1.1$Host: a$Content-Length: 4$x-envoy-expected-rq-timeout-ms: 3600000$$ab
 			<< HTTP/1.1 408 Request Timeout$`,
 			recorded{reason: flow.IdleTimeout, status: 408, flags: "SI", received: 2, sent: 14}},
-		{"of silence in a response, beside a longer limit", &route.Plan{Idle: new(long), MaxStream: new(time.Hour)}, `
+		{"of silence in a response, beside a longer limit", func(short, long time.Duration) *route.Plan {
+			return &route.Plan{Idle: new(long), MaxStream: new(time.Hour)}
+		}, `
 			> GET / HTTP/1.1$Host: a$$
 			>> GET / HTTP/1.1$Host: a$$
 			< HTTP/1.1 200 OK$Content-Length: 10$$half
 			<< HTTP/1.1 200 OK$Content-Length: 10$$half
 			client is reset`,
 			recorded{reason: flow.IdleTimeout, status: 200, flags: "SI", sent: 4}},
-		{"of an upgrade are those of its response", &route.Plan{Timeout: short}, `
+		{"of an upgrade are those of its response", func(short, long time.Duration) *route.Plan { return &route.Plan{Timeout: short} }, `
 			> GET / HTTP/1.1$Host: a$Connection: Upgrade$Upgrade: x$$
-			>> GET / HTTP/1.1$Host: a$Upgrade: x$Connection: Upgrade$x-envoy-expected-rq-timeout-ms: 30$$
+			>> GET / HTTP/1.1$Host: a$Upgrade: x$Connection: Upgrade$x-envoy-expected-rq-timeout-ms: SHORT$$
 			some time passes
 			< HTTP/1.1 101 Switching$Connection: Upgrade$Upgrade: x$$
 			<< HTTP/1.1 101 Switching$Upgrade: x$Connection: Upgrade$$
@@ -499,7 +506,9 @@ func TestLimitsOfARoute(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			conversation{"", test.script, []recorded{test.want}}.playOn(t, withPlan(test.plan))
+			nettest.UnderLimit(t, 30*time.Millisecond, func(t testing.TB, limit time.Duration) {
+				conversation{"", test.script, []recorded{test.want}}.playUnder(t, limit, withPlan(test.plan(limit, long(limit))))
+			})
 		})
 	}
 }
@@ -508,7 +517,7 @@ func TestLimitsOfARoute(t *testing.T) {
 func TestLeasesEndOnceWhateverFails(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
-	closed := unreachable(t)
+	closed := nettest.Refusing(t)
 	r := newRig(t, o.address, false, plain)
 	held := &leases{}
 	var mu sync.Mutex

@@ -544,15 +544,17 @@ func TestHTTP2Limits(t *testing.T) {
 		}
 	})
 	t.Run("nothing moves", func(t *testing.T) {
-		r, client, server := meet(t, func(c *Config) { c.IdleTimeout = 50 * time.Millisecond })
-		client.sends("GET 1")
-		server.reads("GET 1")
-		client.reads("GOAWAY 1 NO_ERROR")
-		client.reads("the end")
-		readsReset(t, server.conn, "upstream")
-		if got := r.records.await(t, 0); got.reason != flow.IdleTimeout {
-			t.Errorf("the record is %+v", got)
-		}
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r, client, server := meet(t, func(c *Config) { c.IdleTimeout = limit })
+			client.sends("GET 1")
+			server.reads("GET 1")
+			client.reads("GOAWAY 1 NO_ERROR")
+			client.reads("the end")
+			readsReset(t, server.conn, "upstream")
+			if got := r.records.await(t, 0); got.reason != flow.IdleTimeout {
+				t.Errorf("the record is %+v", got)
+			}
+		})
 	})
 	t.Run("nothing moves after downstream has closed its half", func(t *testing.T) {
 		r, client, server := meet(t, func(c *Config) { c.HalfCloseTimeout = 50 * time.Millisecond })
@@ -617,23 +619,25 @@ func TestRequestsThatWaitDoNotHoldBackResponses(t *testing.T) {
 
 // The header timeout does not run while upstream does not accept earlier frames.
 func TestAHeadThatWaitsForUpstreamIsNotLate(t *testing.T) {
-	_, client, server := meet(t, func(c *Config) { c.HeadTimeout = 100 * time.Millisecond })
-	rest, last := stuff(client, time.Second)
-	sent := make(chan error, 1)
-	go func() {
-		_, err := client.conn.Write(rest)
-		sent <- err
-	}()
-	for heard := uint32(0); heard < last; {
-		frame, err := server.framer.ReadFrame()
-		if err != nil {
-			t.Fatalf("after request %d of %d: %v", heard, last, err)
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		_, client, server := meet(t, func(c *Config) { c.HeadTimeout = limit })
+		rest, last := stuff(client, max(time.Second, 4*limit))
+		sent := make(chan error, 1)
+		go func() {
+			_, err := client.conn.Write(rest)
+			sent <- err
+		}()
+		for heard := uint32(0); heard < last; {
+			frame, err := server.framer.ReadFrame()
+			if err != nil {
+				t.Fatalf("after request %d of %d: %v", heard, last, err)
+			}
+			heard = frame.Header().StreamID
 		}
-		heard = frame.Header().StreamID
-	}
-	if err := <-sent; err != nil {
-		t.Error(err)
-	}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // A peer that floods is not read from any more: its flood fills the kernel's buffers, and then it has to wait.

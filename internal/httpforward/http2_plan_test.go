@@ -6,12 +6,13 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // meetPlanned is meet for a connection whose requests are routed.
-func meetPlanned(t *testing.T, prepare func(*rig)) (*rig, *speaker, *speaker) {
+func meetPlanned(t testing.TB, prepare func(*rig)) (*rig, *speaker, *speaker) {
 	t.Helper()
 	o := newOrigin(t)
 	r := newRig(t, o.address, true, plain)
@@ -129,7 +130,6 @@ func TestARouteAnswersHTTP2Requests(t *testing.T) {
 
 func TestLimitsOfARouteOverHTTP2(t *testing.T) {
 	const short = 30 * time.Millisecond
-	const long = 400 * time.Millisecond
 	none := time.Duration(0)
 	t.Run("of the response's head", func(t *testing.T) {
 		r, client, server := meetPlanned(t, withPlan(&route.Plan{Timeout: short}))
@@ -152,16 +152,18 @@ func TestLimitsOfARouteOverHTTP2(t *testing.T) {
 		}
 	})
 	t.Run("of the response's end", func(t *testing.T) {
-		r, client, server := meetPlanned(t, withPlan(&route.Plan{Timeout: long}))
-		client.sends("GET 1")
-		server.next()
-		server.sends("HEADERS 1 :status=200")
-		client.reads("HEADERS 1 :status=200")
-		server.reads("RST 1 CANCEL")
-		client.reads("RST 1 INTERNAL_ERROR")
-		if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.flags != "UT" || got.status != 200 {
-			t.Errorf("the record is %+v", got)
-		}
+		nettest.UnderLimit(t, 400*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r, client, server := meetPlanned(t, withPlan(&route.Plan{Timeout: limit}))
+			client.sends("GET 1")
+			server.next()
+			server.sends("HEADERS 1 :status=200")
+			client.reads("HEADERS 1 :status=200")
+			server.reads("RST 1 CANCEL")
+			client.reads("RST 1 INTERNAL_ERROR")
+			if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.flags != "UT" || got.status != 200 {
+				t.Errorf("the record is %+v", got)
+			}
+		})
 	})
 	t.Run("of the stream, each its own", func(t *testing.T) {
 		held := &leases{}

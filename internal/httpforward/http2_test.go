@@ -293,7 +293,7 @@ func TestARealHTTP2ClientGetsAReplyIfUpstreamCannotBeReached(t *testing.T) {
 		attempts uint8
 	}{{false, "UF", 1}, {true, "UF,URX", 3}} {
 		t.Run("with "+c.flags, func(t *testing.T) {
-			r := newRig(t, netip.MustParseAddrPort("127.0.0.1:9"), true)
+			r := newRig(t, nettest.Refusing(t), true)
 			r.set(func() { r.balanced = c.balanced })
 			askUnreachable(t, r, c.balanced)
 			n := 0

@@ -136,7 +136,7 @@ func TestARequestDoesNotSufferFromItsCopies(t *testing.T) {
 		body, _ := io.ReadAll(r.Body)
 		w.Write(body)
 	})
-	silent, gone := newOrigin(t), &origin{address: unreachable(t)}
+	silent, gone := newOrigin(t), &origin{address: nettest.Refusing(t)}
 	nonsense := newOrigin(t)
 	go func() {
 		for {

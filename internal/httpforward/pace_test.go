@@ -108,9 +108,7 @@ func TestRatesDoNotLimitReplies(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			_, client := served(t, test.http2, echo)
-			o := newOrigin(t)
-			o.listener.Close()
-			r := newRig(t, o.address, test.http2)
+			r := newRig(t, nettest.Refusing(t), test.http2)
 			r.set(func() { r.many, r.router = true, limiting(Decision{RequestRate: 100, ResponseRate: 100}) })
 			request, err := http.NewRequest("GET", "http://"+r.address+"/", nil)
 			if err != nil {

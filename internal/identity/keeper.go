@@ -53,6 +53,7 @@ type Keeper struct {
 	fetched     *Identity    // by the last successful fetch
 	anchors     *Roots       // of the mesh, besides those of the source; may be nil
 	revocations *Revocations // may be nil
+	looked      bool         // the file of revocations was read, or is missing
 	status      Status
 }
 
@@ -136,7 +137,7 @@ func (k *Keeper) Run(ctx context.Context) {
 	}
 }
 
-// wait returns after d by the wall clock or by the time that this process has run, whichever comes first, when a fetch is
+// wait returns after d by the wall clock or by the time that this process has run, by the first of both, when a fetch is
 // asked for, or when ctx ends. Certificates expire by the wall clock, which advances while the machine is suspended and
 // may be set. The other clock ends waits that began before the wall clock was set back.
 func (k *Keeper) wait(ctx context.Context, d time.Duration) {
@@ -249,26 +250,36 @@ func (k *Keeper) watch(ctx context.Context) {
 }
 
 // readRevocations reads the lists and reports whether they have changed. Lists that cannot be read leave those before them
-// in force; a file that is gone revokes nothing.
+// in force, as in Envoy. If the first ones cannot be read, no certificate of a peer is accepted until they can: Envoy accepts
+// no connection then. A file that is gone revokes nothing.
 func (k *Keeper) readRevocations() (changed bool) {
 	if k.config.Revocations == "" {
 		return false
 	}
 	k.mu.Lock()
-	old := k.revocations
+	old, first := k.revocations, !k.looked
+	k.looked = true
 	k.mu.Unlock()
 	next, err := k.parseRevocations(old)
+	switch {
+	case err != nil && first:
+		next = &unreadable
+	case err != nil:
+		next = old
+	}
 	k.mu.Lock()
 	before := k.status.RevocationError
 	k.status.RevocationError = err
-	if err == nil {
-		k.revocations = next
-	}
+	k.revocations = next
 	k.mu.Unlock()
 	if err != nil && (before == nil || before.Error() != err.Error()) {
-		k.config.Log.Error("cannot use the revocation lists", "file", k.config.Revocations, "err", err, "kept", old != nil)
+		effect := "the lists before stay in force"
+		if next == &unreadable {
+			effect = "certificates of peers are refused"
+		}
+		k.config.Log.Error("cannot use the revocation lists", "file", k.config.Revocations, "err", err, "effect", effect)
 	}
-	return err == nil && !next.Equal(old)
+	return !next.Equal(old)
 }
 
 func (k *Keeper) parseRevocations(old *Revocations) (*Revocations, error) {

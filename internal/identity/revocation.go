@@ -18,6 +18,7 @@ const CRLFile = "var/run/secrets/istio/crl/ca-crl.pem"
 var (
 	ErrRevoked     = errors.New("the certificate has been revoked")
 	ErrNoList      = errors.New("there is no revocation list of its issuer")
+	ErrUnreadable  = errors.New("the file of revocation lists cannot be read")
 	ErrListExpired = errors.New("the revocation list of its issuer is not valid at this time")
 )
 
@@ -27,6 +28,9 @@ type Revocations struct {
 	PEM   []byte // as in the file; nil: not kept
 	lists []revocationList
 }
+
+// unreadable are lists that could not be read. They have no list of any issuer, so that each certificate is refused.
+var unreadable Revocations
 
 // revocationList is one list. The parsed entries are 100 bytes each, so only their serial numbers are kept.
 type revocationList struct {
@@ -127,9 +131,9 @@ func (r *Revocations) Equal(other *Revocations) bool {
 // And returns the lists of both, without their texts: it is called in each handshake, and texts are large. Either may be nil.
 func (r *Revocations) And(other *Revocations) *Revocations {
 	switch {
-	case r == nil:
+	case r == nil, other == &unreadable:
 		return other
-	case other == nil:
+	case other == nil, r == &unreadable:
 		return r
 	}
 	return &Revocations{lists: slices.Concat(r.lists, other.lists)}
@@ -164,6 +168,9 @@ func (r *Revocations) CheckLeaf(chain []*x509.Certificate, now time.Time) error 
 
 func (r *Revocations) check(certificate, issuer *x509.Certificate, now time.Time) error {
 	result := ErrNoList
+	if r == &unreadable {
+		result = ErrUnreadable
+	}
 	for i := range r.lists {
 		list := &r.lists[i]
 		if !bytes.Equal(list.signed.RawIssuer, issuer.RawSubject) || !list.signedBy(issuer) {

@@ -184,6 +184,51 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 	})
 }
 
+// A file that is damaged when the agent starts refuses all certificates of peers, with the lists of configurations as well,
+// until it can be read.
+func TestDamagedRevocationListsRefuseAllAtStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		root := newAuthority(t, "root")
+		own := root.identity(t, 48*time.Hour)
+		chain := []*x509.Certificate{own.Certificate.Leaf, root.certificate}
+		file := filepath.Join(t.TempDir(), "ca-crl.pem")
+		write := func(text string) {
+			if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write("x")
+		var log lockedBuilder
+		s := &source{next: 24 * time.Hour, fetch: func() (*Identity, error) { return own, nil }}
+		k := NewKeeper(Config{Source: s, Log: slog.New(slog.NewTextHandler(&log, nil)), Revocations: file})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { k.Run(ctx); close(done) }()
+		defer func() { cancel(); <-done }()
+		good, err := ParseRevocations([]byte(root.revoke(t, nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * filePoll)
+		synctest.Wait()
+		damaged := k.Current().Revocations
+		for name, lists := range map[string]*Revocations{"alone": damaged, "before others": damaged.And(good), "after others": good.And(damaged)} {
+			if err := lists.Check(chain, time.Now()); !errors.Is(err, ErrUnreadable) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if n := strings.Count(log.String(), "certificates of peers are refused"); n != 1 || k.Status().RevocationError == nil {
+			t.Errorf("logged %d times, status %v", n, k.Status().RevocationError)
+		}
+		write(root.revoke(t, nil))
+		time.Sleep(2 * filePoll)
+		synctest.Wait()
+		if err := k.Current().Revocations.Check(chain, time.Now()); err != nil || k.Status().RevocationError != nil {
+			t.Errorf("after it was mended: %v, status %v", err, k.Status().RevocationError)
+		}
+	})
+}
+
 // The signature of a list is verified once for each issuer. How many issuers are remembered is bounded.
 func TestTheSignatureOfAListIsVerifiedOnce(t *testing.T) {
 	root := newAuthority(t, "root")

@@ -22,7 +22,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-const patience = 10 * time.Second
+const patience = nettest.Patience
 
 // echo echoes the bytes of each connection until it ends or is aborted.
 type echo struct{ refused chan string }

@@ -18,17 +18,20 @@ import (
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
-// shortTime is the time limit of the test server for requests that do not extend it.
-const shortTime = 300 * time.Millisecond
-
-// serve serves a view with the time limits of the admin server, shortened.
+// serve serves a view.
 func serve(t *testing.T, sources Sources) (*View, *flow.Table, *httptest.Server) {
+	t.Helper()
+	return serveWithin(t, nettest.Patience, sources)
+}
+
+// serveWithin is serve with a time limit of the server for requests that do not extend it.
+func serveWithin(t *testing.T, limit time.Duration, sources Sources) (*View, *flow.Table, *httptest.Server) {
 	t.Helper()
 	v := New(Config{Version: "v1"})
 	table := flow.NewTable(v)
 	sources.Table = table
 	server := httptest.NewUnstartedServer(v.Handler(sources))
-	server.Config.ReadTimeout, server.Config.WriteTimeout = shortTime, shortTime
+	server.Config.ReadTimeout, server.Config.WriteTimeout = limit, limit
 	server.Start()
 	t.Cleanup(server.Close)
 	t.Cleanup(v.Close)
@@ -453,7 +456,7 @@ func FuzzFilter(f *testing.F) {
 }
 
 func TestAStreamOutlivesTheServersTimeLimits(t *testing.T) {
-	v, table, server := serve(t, Sources{})
+	v, table, server := serveWithin(t, 500*time.Millisecond, Sources{}) // less than the time between two snapshots
 	tap := follow(t, v, server.URL+"/live/tap")
 	events := follow(t, v, server.URL+"/live/events")
 	for snapshots := 0; snapshots < 2; { // the first comes at once, and the other after a second

@@ -105,13 +105,19 @@ func noDial(_ context.Context, _, address string) (net.Conn, error) {
 
 // kubelet requests the probes of one container. They are served as by the agent.
 type kubelet struct {
-	t      *testing.T
+	t      testing.TB
 	url    string
 	client *http.Client
 }
 
 // newKubelet serves probers: the JSON of each by the last element of its path.
-func newKubelet(t *testing.T, config probe.Config, probers map[string]string) *kubelet {
+func newKubelet(t testing.TB, config probe.Config, probers map[string]string) *kubelet {
+	t.Helper()
+	return newLimitedKubelet(t, config, probers, nettest.Patience)
+}
+
+// newLimitedKubelet is newKubelet with the limit of the port's server for other answers.
+func newLimitedKubelet(t testing.TB, config probe.Config, probers map[string]string, limit time.Duration) *kubelet {
 	t.Helper()
 	recorded := make(map[string]json.RawMessage)
 	for name, prober := range probers {
@@ -130,7 +136,7 @@ func newKubelet(t *testing.T, config probe.Config, probers map[string]string) *k
 	}
 	server := httptest.NewUnstartedServer(handler)
 	server.Config = ownport.NewServer(handler, slog.New(slog.DiscardHandler))
-	server.Config.ReadTimeout, server.Config.WriteTimeout = 100*time.Millisecond, 100*time.Millisecond
+	server.Config.ReadTimeout, server.Config.WriteTimeout = limit, limit
 	server.Start()
 	t.Cleanup(func() {
 		server.Close()
@@ -178,7 +184,7 @@ func (a *kubelet) fails(name string, want ...string) {
 }
 
 // workload serves handler and returns its port.
-func workload(t *testing.T, handler http.HandlerFunc) string {
+func workload(t testing.TB, handler http.HandlerFunc) string {
 	t.Helper()
 	server := httptest.NewServer(handler)
 	t.Cleanup(server.Close)
@@ -215,17 +221,6 @@ func speaker(t *testing.T, text string) string {
 		listener.Close()
 		busy.Wait()
 	})
-	return portOf(listener.Addr())
-}
-
-// closedPort returns a port where nothing listens.
-func closedPort(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener.Close()
 	return portOf(listener.Addr())
 }
 
@@ -329,14 +324,14 @@ func TestTheKubeletReceivesOnlyStatusAndBody(t *testing.T) {
 
 func TestAFailedProbeHasAReason(t *testing.T) {
 	get := func(port string) string {
-		return `{"httpGet": {"port": ` + port + `, "path": "/x"}, "timeoutSeconds": 1}`
+		return `{"httpGet": {"port": ` + port + `, "path": "/x"}, "timeoutSeconds": 60}`
 	}
 	silent, err := net.Listen("tcp4", "127.0.0.1:0") // accepts connections and sends nothing
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { silent.Close() })
-	closed, mute := closedPort(t), portOf(silent.Addr())
+	closed, mute := portOf(net.TCPAddrFromAddrPort(nettest.Refusing(t))), portOf(silent.Addr())
 	for name, c := range map[string]struct {
 		prober string
 		want   []string
@@ -344,7 +339,7 @@ func TestAFailedProbeHasAReason(t *testing.T) {
 		"HTTP refused":       {get(closed), []string{"http://127.0.0.1:" + closed + "/x", "connection refused"}},
 		"TCP refused":        {`{"tcpSocket": {"port": ` + closed + `}}`, []string{"tcp://127.0.0.1:" + closed, "connection refused"}},
 		"gRPC refused":       {`{"grpc": {"port": ` + closed + `}, "timeoutSeconds": 1}`, []string{"grpc://127.0.0.1:" + closed, "connection refused"}},
-		"HTTP in silence":    {get(mute), []string{"no answer within 1s"}},
+		"HTTP in silence":    {strings.Replace(get(mute), ": 60", ": 1", 1), []string{"no answer within 1s"}},
 		"gRPC in silence":    {`{"grpc": {"port": ` + mute + `}, "timeoutSeconds": 1}`, []string{"no answer within 1s"}},
 		"gRPC without time":  {`{"grpc": {"port": ` + mute + `}}`, []string{"timeoutSeconds is 0", "set it to 1 or more"}},
 		"the end":            {get(speaker(t, "")), []string{"EOF"}},
@@ -368,21 +363,23 @@ func TestAFailedProbeHasAReason(t *testing.T) {
 }
 
 func TestAProbeMayTakeLongerThanOtherAnswersOfThePort(t *testing.T) {
-	port := workload(t, func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case <-time.After(300 * time.Millisecond): // the server's own limits are 100ms
-			io.WriteString(w, "at last")
-		case <-r.Context().Done():
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, others time.Duration) {
+		port := workload(t, func(w http.ResponseWriter, r *http.Request) {
+			select {
+			case <-time.After(3 * others):
+				io.WriteString(w, "at last")
+			case <-r.Context().Done():
+			}
+		})
+		for _, limit := range []string{"0", "60"} {
+			a := newLimitedKubelet(t, probe.Config{}, map[string]string{
+				"livez": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": ` + limit + `}`,
+			}, others)
+			if status, body := a.get("livez"); status != 200 || body != "at last" {
+				t.Errorf("with timeoutSeconds %s: %d %q", limit, status, body)
+			}
 		}
 	})
-	for _, limit := range []string{"0", "5"} {
-		a := newKubelet(t, probe.Config{}, map[string]string{
-			"livez": `{"httpGet": {"port": ` + port + `}, "timeoutSeconds": ` + limit + `}`,
-		})
-		if status, body := a.get("livez"); status != 200 || body != "at last" {
-			t.Errorf("with timeoutSeconds %s: %d %q", limit, status, body)
-		}
-	}
 }
 
 func TestAProbeEndsWithItsClient(t *testing.T) {

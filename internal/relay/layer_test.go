@@ -70,6 +70,7 @@ func layers(t *testing.T, test func(t *testing.T, r *layerRig)) {
 }
 
 func TestLayeredSidesCarryEveryByteAndTheirHalfCloses(t *testing.T) {
+	awaitNoPipes(t)
 	before := openPipes(t)
 	layers(t, func(t *testing.T, r *layerRig) {
 		const size = 4 << 20

@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-const patience = 10 * time.Second
+const patience = nettest.Patience
 
 // rig is a relay between two loopback connections: client is the peer of down, server that of up.
 type rig struct {
@@ -238,20 +238,21 @@ func TestPeerThatClosedIsResetWhenWrittenTo(t *testing.T) {
 	})
 }
 
-// fill writes until all buffers on the path are full.
+// fill writes until all buffers on the path are full: until no byte fits twice in a row, because the relay may pause once.
 func fill(t testing.TB, conn *net.TCPConn) {
 	t.Helper()
 	chunk := make([]byte, 256<<10)
-	for {
-		conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-		if _, err := conn.Write(chunk); err != nil {
-			if !errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Fatal(err)
-			}
-			conn.SetWriteDeadline(time.Time{})
-			return
+	for stuck := 0; stuck < 2; {
+		conn.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+		n, err := conn.Write(chunk)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+		if stuck++; n > 0 {
+			stuck = 0
 		}
 	}
+	conn.SetWriteDeadline(time.Time{})
 }
 
 func TestEveryByteArrivesInOrder(t *testing.T) {
@@ -331,7 +332,7 @@ func TestCountersMoveWhileTheConnectionIsOpen(t *testing.T) {
 }
 
 func TestBulkIsSplicedAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
-	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	awaitNoPipes(t)
 	before := openPipes(t)
 	r := newRig(t, Options{})
 	go func() {
@@ -352,7 +353,7 @@ func TestBulkIsSplicedAndAnIdleConnectionHoldsNoPipe(t *testing.T) {
 }
 
 func TestSmallMessagesUseNoPipe(t *testing.T) {
-	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+	awaitNoPipes(t)
 	r := newRig(t, Options{})
 	message := strings.Repeat("m", 4<<10)
 	for range 1000 {
@@ -387,6 +388,12 @@ func TestWithoutPipesBytesAreCopied(t *testing.T) {
 	}
 }
 
+// awaitNoPipes waits until the pipes of earlier tests are closed.
+func awaitNoPipes(t testing.TB) {
+	t.Helper()
+	nettest.Eventually(t, "the pipes of earlier tests to be closed", func() bool { return pipes.count() == 0 })
+}
+
 func (pool *pipePool) count() int {
 	pool.mu.Lock()
 	defer pool.mu.Unlock()
@@ -409,35 +416,42 @@ func openPipes(t testing.TB) int {
 }
 
 func TestIdleTimeoutEndsAnIdleConnection(t *testing.T) {
-	const limit = time.Second // long enough for the pauses of a busy machine
-	r := newRig(t, Options{IdleTimeout: limit})
-	last := time.Now()
-	for range 6 { // the connection outlives the limit while bytes move
-		time.Sleep(limit / 4)
-		last = time.Now()
-		send(t, r.client, "x")
-		wantRead(t, r.server, "x")
-	}
-	wantReset(t, r.client)
-	if idle := time.Since(last); idle < limit {
-		t.Errorf("ended after %v idle, want at least %v", idle, limit)
-	}
-	wantReset(t, r.server)
-	r.wantEnd(t, IdleTimeout)
+	nettest.UnderLimit(t, 250*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		r := newRig(t, Options{IdleTimeout: limit})
+		last := time.Now()
+		for range 6 { // the connection outlives the limit while bytes move
+			time.Sleep(limit / 4)
+			last = time.Now()
+			send(t, r.client, "x")
+			wantRead(t, r.server, "x")
+		}
+		wantReset(t, r.client)
+		if idle := time.Since(last); idle < limit {
+			t.Errorf("ended after %v idle, want at least %v", idle, limit)
+		}
+		wantReset(t, r.server)
+		r.wantEnd(t, IdleTimeout)
+	})
 }
 
 func TestHalfCloseTimeoutEndsAnIdleHalfClosedConnection(t *testing.T) {
-	const limit = time.Second
-	sides(t, Options{HalfCloseTimeout: limit}, func(t *testing.T, r *rig, near, far *net.TCPConn, _ End) {
-		near.CloseWrite()
-		for range 6 { // bytes that move keep it open
-			time.Sleep(limit / 4)
-			send(t, far, "x")
-			wantRead(t, near, "x")
-		}
-		wantReset(t, near)
-		r.wantEnd(t, HalfCloseTimeout)
-	})
+	for _, downActs := range []bool{true, false} {
+		nettest.UnderLimit(t, 250*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			r := newRig(t, Options{HalfCloseTimeout: limit})
+			near, far := r.client, r.server
+			if !downActs {
+				near, far = far, near
+			}
+			near.CloseWrite()
+			for range 6 { // bytes that move keep it open
+				time.Sleep(limit / 4)
+				send(t, far, "x")
+				wantRead(t, near, "x")
+			}
+			wantReset(t, near)
+			r.wantEnd(t, HalfCloseTimeout)
+		})
+	}
 }
 
 func TestHalfCloseTimeoutLeavesOpenConnectionsAlone(t *testing.T) {
@@ -493,29 +507,31 @@ func TestGraceStartsAtTheReset(t *testing.T) {
 // A relay that is to end goes on for a time, also while it is busy, and ends then. Until that it may be allowed again.
 func TestARetiredRelayEndsAfterItsTime(t *testing.T) {
 	for _, busy := range []bool{false, true} {
-		var retired atomic.Bool
-		r := newRig(t, Options{Retired: retired.Load, Retirement: 50 * time.Millisecond, IdleTimeout: time.Hour})
-		send := func(conn *net.TCPConn) error {
-			_, err := io.WriteString(conn, "bytes")
-			return err
-		}
-		wantRelayed := func() {
-			t.Helper()
-			if err := send(r.client); err != nil {
-				t.Fatal(err)
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) {
+			var retired atomic.Bool
+			r := newRig(t, Options{Retired: retired.Load, Retirement: limit, IdleTimeout: time.Hour})
+			send := func(conn *net.TCPConn) error {
+				_, err := io.WriteString(conn, "bytes")
+				return err
 			}
-			wantRead(t, r.server, "bytes")
-		}
-		wantRelayed()
-		retired.Store(true)
-		wantRelayed()
-		retired.Store(false)
-		wantRelayed()
-		retired.Store(true)
-		r.poller.WakeAll()
-		for busy && send(r.client) == nil && send(r.server) == nil {
-			runtime.Gosched()
-		}
-		r.wantEnd(t, Retired)
+			wantRelayed := func() {
+				t.Helper()
+				if err := send(r.client); err != nil {
+					t.Fatal(err)
+				}
+				wantRead(t, r.server, "bytes")
+			}
+			wantRelayed()
+			retired.Store(true)
+			wantRelayed()
+			retired.Store(false)
+			wantRelayed()
+			retired.Store(true)
+			r.poller.WakeAll()
+			for busy && send(r.client) == nil && send(r.server) == nil {
+				runtime.Gosched()
+			}
+			r.wantEnd(t, Retired)
+		})
 	}
 }

@@ -78,7 +78,7 @@ func readUntilQuiet(t *testing.T, conn *net.TCPConn) (total int64) {
 	buf := make([]byte, 256<<10)
 	var tail []byte
 	for {
-		conn.SetReadDeadline(time.Now().Add(2 * time.Second))
+		conn.SetReadDeadline(time.Now().Add(patience))
 		n, err := conn.Read(buf)
 		total += int64(n)
 		tail = append(tail, buf[:n]...)

@@ -35,14 +35,14 @@ func own(w io.Writer) error {
 }
 
 // workload serves answer on loopback and returns its target.
-func workload(t *testing.T, path string, answer http.HandlerFunc) scrape.Target {
+func workload(t testing.TB, path string, answer http.HandlerFunc) scrape.Target {
 	t.Helper()
 	server := httptest.NewServer(answer)
 	t.Cleanup(server.Close)
 	return scrape.Target{Port: portOf(t, server.URL), Path: path}
 }
 
-func portOf(t *testing.T, address string) uint16 {
+func portOf(t testing.TB, address string) uint16 {
 	t.Helper()
 	u, err := url.Parse(address)
 	if err != nil {
@@ -98,7 +98,7 @@ func (l *lines) String() string {
 }
 
 // get scrapes with header fields given as name, value. It fails the test unless the status is 200.
-func (a agent) get(t *testing.T, fields ...string) (body string, header http.Header) {
+func (a agent) get(t testing.TB, fields ...string) (body string, header http.Header) {
 	t.Helper()
 	response, text := a.do(t, "GET", fields...)
 	if response.StatusCode != 200 {
@@ -107,7 +107,7 @@ func (a agent) get(t *testing.T, fields ...string) (body string, header http.Hea
 	return text, response.Header
 }
 
-func (a agent) do(t *testing.T, method string, fields ...string) (*http.Response, string) {
+func (a agent) do(t testing.TB, method string, fields ...string) (*http.Response, string) {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, a.URL, nil)
 	if err != nil {
@@ -503,21 +503,22 @@ func TestParseTargets(t *testing.T) {
 
 // The timeouts of the agent's servers are meant for short answers. A workload may take as long as the scraper waits.
 func TestSlowWorkloadMayTakeLongerThanTheServersTimeouts(t *testing.T) {
-	const limit = 100 * time.Millisecond
-	target := workload(t, "/metrics", func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case <-time.After(3 * limit):
-			io.WriteString(w, "slow 1\n")
-		case <-r.Context().Done():
+	nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
+		target := workload(t, "/metrics", func(w http.ResponseWriter, r *http.Request) {
+			select {
+			case <-time.After(3 * limit):
+				io.WriteString(w, "slow 1\n")
+			case <-r.Context().Done():
+			}
+		})
+		server := httptest.NewUnstartedServer(scrape.NewHandler(scrape.Config{
+			Own: own, Targets: []scrape.Target{target}, Log: slog.New(slog.DiscardHandler),
+		}))
+		server.Config.ReadTimeout, server.Config.WriteTimeout = limit, limit
+		server.Start()
+		defer server.Close()
+		if body, _ := (agent{Server: server}).get(t); !strings.Contains(body, "\nslow 1\n") {
+			t.Errorf("body = %q", body)
 		}
 	})
-	server := httptest.NewUnstartedServer(scrape.NewHandler(scrape.Config{
-		Own: own, Targets: []scrape.Target{target}, Log: slog.New(slog.DiscardHandler),
-	}))
-	server.Config.ReadTimeout, server.Config.WriteTimeout = limit, limit
-	server.Start()
-	defer server.Close()
-	if body, _ := (agent{Server: server}).get(t); !strings.Contains(body, "\nslow 1\n") {
-		t.Errorf("body = %q", body)
-	}
 }

@@ -2,7 +2,6 @@ package serve
 
 import (
 	"errors"
-	"net/netip"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -91,7 +90,7 @@ func (c *Conn) judge(g *governed) bool {
 	info := c.info()
 	if g.chain, refusal = c.role.meet(g.snapshot, &info); refusal != "" {
 		c.Record.Ask(c.role.unmatched(g.snapshot, info.Destination.Port()))
-		return c.abandon(c.refusal(refusal))
+		return c.refuse(c.refusal(refusal))
 	}
 	c.Record.Ask(c.role.recorded(g.snapshot, g.chain))
 	return g.chain == nil || g.chain.TLS != nil || c.expect(g.chain)
@@ -153,23 +152,24 @@ func (c *Conn) expect(chain *mesh.FilterChain) bool {
 		if c.protocol == sniff.TLS && !c.governed.secured {
 			return c.abandon(flow.TLSUnexpected, errUnexpectedTLS)
 		}
-		return c.abandon(flow.MeshRefused, errNotHTTP)
+		return c.refuse(flow.MeshRefused, errNotHTTP)
 	}
 	return true
 }
 
-// direct returns the source address of downstream's packets: behind a load balancer with the PROXY protocol, the balancer's.
-func (c *Conn) direct() netip.Addr {
-	if c.role.gateway {
-		return c.Down.RemoteAddr().Addr()
+// refuse abandons a connection that its filter chain does not let pass. A client that leaves before its first byte has asked for
+// nothing: it is the probe of a load balancer, or the connection that a browser opens in advance.
+func (c *Conn) refuse(reason flow.Reason, err error) bool {
+	if c.sniffer.Empty {
+		reason, err = flow.Closed, nil
 	}
-	return c.Record.Downstream.Addr()
+	return c.abandon(reason, err)
 }
 
 // info returns what filter chains are chosen by.
 func (c *Conn) info() mesh.ConnInfo {
 	info := mesh.ConnInfo{
-		Destination: c.Record.OriginalDestination, Source: c.Record.Downstream, DirectSource: c.direct(),
+		Destination: c.Record.OriginalDestination, Source: c.Record.Downstream, DirectSource: c.Record.Direct().Addr(),
 	}
 	switch c.protocol {
 	case sniff.TLS:

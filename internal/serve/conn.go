@@ -42,11 +42,11 @@ func (c *Conn) Close() {
 }
 
 // Refuse ends a connection that goes no further. It sends a reset, because an orderly close would look like an empty
-// response. The exception is a drain before either side sent anything: closing is in order then.
+// response. The exceptions are a drain before either side sent anything, and a client that has left: closing is in order then.
 func (c *Conn) Refuse(reason flow.Reason, err error) {
 	c.Record.Close(c.role.flows, reason, err)
 	switch reason {
-	case flow.Drained:
+	case flow.Drained, flow.Closed:
 		c.Down.Close()
 		return
 	case flow.MemoryBudget:

@@ -124,7 +124,7 @@ func (c *Conn) renew(g *governed) bool {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
 	g.snapshot, g.chain = s, chain
-	if g.shown != nil && (chain.HTTP == nil || !sameClientCert(g.shown, chain.HTTP)) {
+	if g.shown != nil && (chain.HTTP == nil || c.role.gateway && !sameClientCert(g.shown, chain.HTTP)) {
 		return c.abandon(flow.MeshRefused, errChangedMode)
 	}
 	c.Record.Ask(c.role.recorded(s, chain))
@@ -141,7 +141,7 @@ func (c *Conn) subject() authz.Subject {
 	}
 	return authz.Subject{
 		Destination: c.Record.OriginalDestination,
-		Peer:        c.direct(),
+		Peer:        c.Record.Direct().Addr(),
 		Client:      c.Record.Downstream.Addr(),
 		ServerName:  strings.ToLower(hello.ServerName),
 		Secured:     c.governed.secured,

@@ -30,7 +30,7 @@ func (c *Conn) TakeProxyHeader() bool {
 	client, err := c.proxyHeader(b, c.Record.Opened.Add(limit), f.AllowWithout)
 	if err == nil {
 		if client.IsValid() {
-			c.Record.Downstream = client
+			c.Record.SetClient(client)
 		}
 		if c.sniffer = sniffers.Get().(*sniff.Sniffer); b.Len() > 0 {
 			c.sniffer.Read = b

@@ -18,7 +18,9 @@ import (
 // judged again: it is refused if its chain or a policy does.
 //
 // A connection whose mode is no longer allowed is retired: no chain is left for it, or TLS is to end where it does not, or
-// the other way round. Until it has ended, its requests are judged by the last configuration that allowed it.
+// the other way round. Until it has ended, its requests are judged by the last configuration that allowed it. A connection is
+// also retired when the certificate of its client is shown in another way: until it has ended, its requests have the field of
+// before, as Envoy's have while it drains their filter chain.
 type rejudge struct {
 	role    *Role
 	info    mesh.ConnInfo
@@ -70,6 +72,9 @@ func (c *Conn) rejudge() *rejudge {
 	}
 	r := &rejudge{role: c.role, info: info, secured: g.secured, shown: g.shown, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
 	r.gate.follow(g.snapshot, g.chain)
+	if r.showsOtherwise() {
+		r.seen = nil // Retired looks again
+	}
 	return r
 }
 
@@ -156,16 +161,18 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		return
 	}
 	r.gate.follow(s, chain)
-	if r.shown != nil && chain != nil && chain.HTTP != nil && !sameClientCert(r.shown, chain.HTTP) {
-		r.refusal, r.retired = refusedChain, true
-		return
-	}
+	r.retired = r.showsOtherwise()
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {
 			r.refusal = denial(policy)
 		}
 	}
+}
+
+// showsOtherwise reports whether the chain shows the certificate of a client otherwise than the connection does.
+func (r *rejudge) showsOtherwise() bool {
+	return r.shown != nil && r.chain != nil && r.chain.HTTP != nil && !sameClientCert(r.shown, r.chain.HTTP)
 }
 
 // refusedChain is the reply to requests of a connection that the configuration does not let pass any more, as it was before

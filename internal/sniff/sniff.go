@@ -50,6 +50,7 @@ type Sniffer struct {
 	Read, UpRead *tcp.Buffer
 
 	Hello flow.Hello // of a TLS connection
+	Empty bool       // Down has ended before its first byte
 
 	began   time.Time // when Down's first, undecided bytes arrived; zero: they decided, or have not arrived
 	greeted time.Time // when Up sent what an HTTP/2 server may send first; zero: it has not
@@ -310,6 +311,7 @@ func (s *Sniffer) look() (Protocol, error) {
 		case err == tcp.ErrAgain:
 			return Undecided, nil
 		case err == io.EOF:
+			s.Empty = s.Read == nil
 			return Opaque, nil // no more bytes can decide; the relay passes the half-close on
 		case err != nil:
 			return Undecided, err

@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
 
-const patience = 10 * time.Second
+const patience = nettest.Patience
 
 func newPoller(t testing.TB) *Poller {
 	t.Helper()

@@ -35,6 +35,8 @@ type Policy struct {
 	RequestIDs *RequestIDs
 
 	Tags []Tag // of every span
+
+	kept int64 // of its Exporters when it was made
 }
 
 // DefaultMaxPath is Envoy's.

@@ -13,17 +13,6 @@ import (
 	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
-// closedPort returns an address of this host at which no socket listens.
-func closedPort(t *testing.T, s *server) netip.AddrPort {
-	t.Helper()
-	listener, err := s.poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener.Close()
-	return listener.Addr()
-}
-
 // Behind a balanced address, the next attempt may reach another server. Behind another address it cannot.
 func TestOnlyABalancedTargetIsDialledAgain(t *testing.T) {
 	s := newServer(t)
@@ -31,8 +20,8 @@ func TestOnlyABalancedTargetIsDialledAgain(t *testing.T) {
 		target Target
 		want   int
 	}{
-		{Target{Address: closedPort(t, s)}, 1},
-		{Target{Address: closedPort(t, s), Balanced: true}, 3},
+		{Target{Address: nettest.Refusing(t)}, 1},
+		{Target{Address: nettest.Refusing(t), Balanced: true}, 3},
 		{Target{Address: netip.MustParseAddrPort("127.0.0.1:9"), Source: netip.MustParseAddr("203.0.113.1"), Balanced: true}, 1}, // not an own address
 		{Target{Address: s.listener.Addr(), Balanced: true}, 1},
 	} {
@@ -55,7 +44,7 @@ func TestOnlyABalancedTargetIsDialledAgain(t *testing.T) {
 func TestAttemptsEndWithTheDialsTime(t *testing.T) {
 	s := newServer(t)
 	expired := Dialer{Poller: s.poller, Timeout: time.Nanosecond}
-	if _, attempts, err := expired.Dial(s.w, Target{Address: closedPort(t, s), Balanced: true}); attempts != 1 || err == nil {
+	if _, attempts, err := expired.Dial(s.w, Target{Address: nettest.Refusing(t), Balanced: true}); attempts != 1 || err == nil {
 		t.Errorf("%d attempts, %v", attempts, err)
 	}
 	deadline := time.Now().Add(time.Hour)
@@ -80,7 +69,7 @@ func TestADialThatIsCanceledBetweenTwoAttempts(t *testing.T) {
 	cancel()
 	w := tcp.NewWaiter(ctx)
 	defer w.Close()
-	_, attempts, err := (&Dialer{Poller: s.poller}).Dial(w, Target{Address: closedPort(t, s), Balanced: true})
+	_, attempts, err := (&Dialer{Poller: s.poller}).Dial(w, Target{Address: nettest.Refusing(t), Balanced: true})
 	if attempts != 1 || !errors.Is(err, tcp.ErrCanceled) {
 		t.Errorf("%d attempts, %v", attempts, err)
 	}

@@ -107,11 +107,11 @@ func newGatewayPod(t *testing.T) *pod {
 
 func newIngress(t *testing.T, configs string, objects ...string) *ingress {
 	t.Helper()
-	return newIngressOf(t, "{}", configs, objects...)
+	return newIngressOf(t, "{}", nil, configs, objects...)
 }
 
-// newIngressOf is newIngress with gatewayTopology of the gateway's ProxyConfig.
-func newIngressOf(t *testing.T, topology, configs string, objects ...string) *ingress {
+// newIngressOf is newIngress with gatewayTopology of the gateway's ProxyConfig, and with variables of both agents.
+func newIngressOf(t *testing.T, topology string, variables []string, configs string, objects ...string) *ingress {
 	t.Helper()
 	g := newGatewayPod(t)
 	b := newPodOf(t, nginx())
@@ -123,8 +123,8 @@ func newIngressOf(t *testing.T, topology, configs string, objects ...string) *in
 	serveMutual(t, b)
 	x := &ingress{gateway: g, back: b, plane: startPlaneOf(t, []*pod{g, b}, configs, append(objects, ingressService)...)}
 	for _, d := range []*pod{b, g} {
-		x.agent = d.launch(t, x.plane, "PILLION_ACCESS_LOG=/dev/stdout", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012","gatewayTopology":`+topology+`}`,
-			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","istio":"ingressgateway","service.istio.io/canonical-name":"`+d.app+`"}}`)
+		x.agent = d.launch(t, x.plane, append(variables, "PILLION_ACCESS_LOG=/dev/stdout", `PROXY_CONFIG={"discoveryAddress":"127.0.0.1:15012","gatewayTopology":`+topology+`}`,
+			`ISTIO_METAJSON_LABELS={"LABELS":{"app":"`+d.app+`","istio":"ingressgateway","service.istio.io/canonical-name":"`+d.app+`"}}`)...)
 	}
 	for _, d := range []*pod{b, g} {
 		d.awaitReady(t)
@@ -391,7 +391,7 @@ func TestAPortThatIsTakenIsReported(t *testing.T) {
 
 // With gatewayTopology.proxyProtocol istiod has the listeners of a gateway take the client's address from the header.
 func TestAGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
-	x := newIngressOf(t, `{"proxyProtocol":{}}`, ingressConfig)
+	x := newIngressOf(t, `{"proxyProtocol":{}}`, nil, ingressConfig)
 	await(t, func() error {
 		conn, err := x.dial(8080)
 		if err != nil {
