@@ -95,7 +95,7 @@ func curlAndNginx(t *testing.T, w way, v version, tree string, large []byte) {
 // and how many connections it had to make.
 func curl(t *testing.T, w way, args ...string) string {
 	t.Helper()
-	fixed := []string{"--silent", "--show-error", "--noproxy", "*", "--max-time", "30",
+	fixed := []string{"--silent", "--show-error", "--noproxy", "*", "--max-time", "60",
 		"--write-out", "%{http_code} %{http_version} %{num_connects}\n"}
 	return w.runPeer(t, "curl", append(fixed, args...)...)
 }

@@ -19,7 +19,7 @@ func TestWorkloadReceivesClientAddressByPROXYProtocol(t *testing.T) {
 		t.Run(w.name, func(t *testing.T) {
 			address := netip.AddrPortFrom(w.address, 8081).String()
 			out, err := w.from.Run(w.from.Command(workloadUID, workloadUID,
-				"curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "20", "http://"+address))
+				"curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "60", "http://"+address))
 			peer := nettest.PeerIP4
 			if w.address.Is6() {
 				peer = nettest.PeerIP6

@@ -23,7 +23,7 @@ func TestNginxSeesTheExpectedClientAddress(t *testing.T) {
 				path := "/" + strings.ReplaceAll(w.name, " ", "-")
 				url := fmt.Sprintf("http://%s%s", netip.AddrPortFrom(w.address, 8080), path)
 				out, err := w.from.Run(w.from.Command(workloadUID, workloadUID,
-					"curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "20", url))
+					"curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "60", url))
 				if err != nil || out != "hello from "+w.to.Name+"\n" {
 					t.Fatalf("curl %s: %q, %v", url, out, err)
 				}

@@ -73,7 +73,7 @@ func TestGRPCCallToRefusingUpstreamIsUnavailable(t *testing.T) {
 }
 
 // patientWithClients are flags with which a client that is delayed before its first byte does not count as silent.
-var patientWithClients = []string{"--detection-delay", "10s"}
+var patientWithClients = []string{"--detection-delay", "60s"}
 
 // askRefused posts to a port without a listener.
 func (w way) askRefused(t testing.TB, http2 bool, path, contentType string) *http.Response {

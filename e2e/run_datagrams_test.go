@@ -49,7 +49,7 @@ const datagramsInPython = `
 import errno, socket, sys
 def opened(family=socket.AF_INET):
     s = socket.socket(family, socket.SOCK_DGRAM)
-    s.settimeout(10)
+    s.settimeout(60)
     return s
 def exchange(s, address, size=1):
     s.sendto(b"x" * size, address)

@@ -208,7 +208,7 @@ s = context.wrap_socket(socket.create_connection(("good.example", 443)), server_
 for part in sys.argv[2:]:
     s.sendall(bytes.fromhex(part))
     time.sleep(1.2)
-s.settimeout(10)
+s.settimeout(60)
 s.recv(1000)`
 		head := []byte{0x82, 0x87, 0x04, 8, '/', 'f', 'r', 'o', 'n', 't', 'e', 'd', 0x01, 11}
 		head = append(head, "cdn.example"...)

@@ -94,14 +94,14 @@ type attempt struct {
 }
 
 func withCurl(arguments ...string) []string {
-	return append([]string{"curl", "-sS", "-k", "-m", "10", "--noproxy", "none.example"}, arguments...)
+	return append([]string{"curl", "-sS", "-k", "-m", "60", "--noproxy", "none.example"}, arguments...)
 }
 
 // withPython sends bytes to an address, with a pause between parts, and prints what comes back.
 func withPython(address, port string, parts ...[]byte) []string {
 	command := []string{"python3", "-c", `
 import socket, sys, time
-s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 60)
 for i, part in enumerate(sys.argv[3:]):
     time.sleep(1.5 * i)
     s.sendall(bytes.fromhex(part))
@@ -182,7 +182,7 @@ func TestRunDeniesWhatIsNotAllowed(t *testing.T) {
 			{name: "another DNS server", denied: true, dns: true, command: []string{"python3", "-c", `
 import socket, struct
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.settimeout(5)
+s.settimeout(60)
 s.connect(("` + evilAddress + `", 53))
 s.send(struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"\4evil\7example\0\0\1\0\1")
 print("rcode", s.recv(1000)[3] & 15)`}},
@@ -271,7 +271,7 @@ for name, attempt in {
         pass
 os.kill(1, signal.SIGKILL)
 os.kill(1, signal.SIGTERM)
-os.execvp("curl", ["curl", "-sS", "-m", "10", "--noproxy", "*", "http://` + evilAddress + `/"])`
+os.execvp("curl", ["curl", "-sS", "-m", "60", "--noproxy", "*", "http://` + evilAddress + `/"])`
 		output, reasons := w.try(t, []string{"--default", "deny", "--allow", "good.example"}, []string{"python3", "-c", attempts})
 		if want := "pillion: " + evilAddress + ":80 is not allowed by a rule\n"; output != want || !slices.Equal(reasons, []string{"denied"}) {
 			t.Errorf("the command printed %q, want %q; the reasons are %q", output, want, reasons)

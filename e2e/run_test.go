@@ -261,7 +261,7 @@ import socket, struct
 def query(name, server, tcp):
     message = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\0\0\1\0\1"
     s = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
-    s.settimeout(5)
+    s.settimeout(60)
     s.connect((server, 53))
     s.send(struct.pack(">H", len(message)) + message if tcp else message)
     answer = s.recv(4096)
@@ -445,14 +445,15 @@ echo(socket.create_server(("0.0.0.0", 9002)))`
 				nettest.Eventually(t, "the server at "+address+" answers", func() bool { return get(from, address) == "200 OK inside" })
 				log.await(t, "200 ← GET "+address+"/path")
 			}
-			conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if text, err := io.ReadAll(conn); err != nil || string(text) != "welcome" {
-				t.Errorf("the server that speaks first sent %q, %v", text, err)
-			}
-			conn.Close()
+			nettest.Eventually(t, "the server that speaks first answers", func() bool {
+				conn, err := c.net.Dial("tcp", "127.0.0.1:9002", nettest.Patience)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				text, _ := io.ReadAll(conn)
+				return string(text) == "welcome"
+			})
 			p.Signal(syscall.SIGTERM)
 			if status, err := p.Wait(nettest.Patience); status != 128+15 {
 				t.Errorf("exit status %d, %v", status, err)

@@ -103,7 +103,7 @@ func TestAccessLogLinesAreIstios(t *testing.T) {
 			nginx.MustRun(t, "sh", "-c", "echo 80 > /proc/sys/net/ipv4/ip_unprivileged_port_start")
 			runNginx(t, nginx, dir, 80, "root "+dir+";")
 
-			out, err := curl.Run(curl.Command(workloadUID, workloadUID, "curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "20",
+			out, err := curl.Run(curl.Command(workloadUID, workloadUID, "curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--max-time", "60",
 				"--user-agent", "curl/7.81.0", "--header", "Host: www.ssoon.dev:30293", "--header", "X-Forwarded-For: 172.16.0.1", "http://172.16.0.6/"))
 			if err != nil || len(out) != index {
 				t.Fatalf("curl: %d bytes, %v", len(out), err)

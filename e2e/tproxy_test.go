@@ -177,7 +177,7 @@ func TestTPROXYUpstreamConnectionServesOneClientAddress(t *testing.T) {
 	})
 	asks := func(source netip.Addr) (seen netip.AddrPort) {
 		out, err := w.from.Run(w.from.Command(0, 0, "curl", "--silent", "--show-error", "--fail", "--noproxy", "*",
-			"--max-time", "20", "--interface", source.String(), "http://"+address.String()))
+			"--max-time", "60", "--interface", source.String(), "http://"+address.String()))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -207,7 +207,7 @@ func TestTPROXYCallOfOwnServiceHasThePodsAddress(t *testing.T) {
 		address := netip.AddrPortFrom(own, 8080)
 		listener := s.pod.Listen(t, "tcp", address.String())
 		serveEach(t, listener, func(conn net.Conn) { fmt.Fprint(conn, conn.RemoteAddr()) })
-		out, err := s.pod.Run(s.pod.Command(workloadUID, agentUID, "timeout", "10", "bash", "-c",
+		out, err := s.pod.Run(s.pod.Command(workloadUID, agentUID, "timeout", "60", "bash", "-c",
 			fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && cat <&3", own, address.Port())))
 		if err != nil {
 			t.Fatal(err)
@@ -262,7 +262,7 @@ func TestTPROXYAgentServesRedirectedConnections(t *testing.T) {
 
 func TestTPROXYDrain(t *testing.T) {
 	t.Parallel()
-	s := newTPROXYStage(t, "--drain-delay", "200ms", "--drain-timeout", "30s")
+	s := newTPROXYStage(t, "--drain-delay", "200ms", "--drain-timeout", "1h")
 	w := s.borrowed()[1]
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)

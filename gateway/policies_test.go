@@ -153,6 +153,49 @@ func TestAGatewayRoutesByNormalPaths(t *testing.T) {
 	}
 }
 
+// A tunnel would carry requests that no route has: it is not opened, whatever target CONNECT has.
+func TestAGatewayOpensNoTunnel(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "web ", r.RequestURI) })
+	for _, filters := range [][]mesh.HTTPFilter{nil, {deny(underPath("/closed"), anything)}} {
+		r.listen(edge(0, filters...))
+		for _, target := range []string{"web:80", "/", "/x", "//", "http://web/", "http://web", "*"} {
+			conn := r.client(t)
+			conn.SetDeadline(time.Now().Add(nettest.Patience))
+			servetest.Send(t, conn, "CONNECT "+target+" HTTP/1.1\r\nHost: web\r\n\r\n")
+			response, err := http.ReadResponse(conn.read, nil)
+			if err != nil || response.StatusCode/100 != 4 {
+				t.Errorf("CONNECT %s: %+v, %v", target, response, err)
+			}
+			conn.Close()
+			r.Await(t)
+		}
+	}
+}
+
+// A server sees the host by which a request was routed, whatever Host stands beside a target in absolute form.
+func TestAServerSeesTheHostThatWasRouted(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	conns := r.Listen(t, "82")
+	r.listen(edge(0))
+	for target, want := range map[string]string{"http://web/a?b": "/a?b", "http://web": "/", "HTTP://web/": "/", "http://web?q": "/?q"} {
+		conn := r.client(t)
+		servetest.Send(t, conn, "GET "+target+" HTTP/1.1\r\nHost: private\r\n\r\n")
+		server := servetest.Take(t, conns)
+		request, err := http.ReadRequest(bufio.NewReader(server))
+		if err != nil || request.RequestURI != want || request.Host != "web" {
+			t.Errorf("%s: the server sees %+v, %v", target, request, err)
+		}
+		conn.Close()
+		server.Close()
+		r.Await(t)
+	}
+}
+
 // A policy that is pushed later counts for the next request of an open connection.
 func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
 	r := newRig(t)
@@ -361,6 +404,70 @@ func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
 	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
 	if got := r.Await(t); got.Reason != flow.PolicyDenied || got.Explanation != deniedByAll {
 		t.Errorf("the record is %+v", got)
+	}
+}
+
+// The record of a request that a policy of a gateway denies names that policy, and has the reason why each other one does not
+// apply while records are followed, over both versions of HTTP.
+func TestAGatewayExplainsDeniedRequests(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.serve(t, 82)
+	deny := deny(underPath("/closed"), anything)
+	deny.RBAC.Rules.Policies[0].Name = "closed"
+	deny.RBAC.Rules.Policies = append(deny.RBAC.Rules.Policies, mesh.AccessPolicy{Name: "others", Permission: underPath("/other"), Principal: anything})
+	allow := mesh.HTTPFilter{Name: "allow", RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow, Policies: []mesh.AccessPolicy{
+		{Name: "far", Permission: anything, Principal: clients("203.0.113.0/24")},
+		{Name: "open", Permission: underPath("/open"), Principal: anything},
+	}}}}
+	r.listen(edge(0, deny, allow))
+	r.Follow(true)
+	for _, two := range []bool{false, true} {
+		client := r.once(t, two)
+		for path, c := range map[string]struct {
+			by    string
+			lines []string
+		}{
+			"/open": {},
+			"/x/../closed": {"closed", []string{
+				`closed: applies, since path "/closed" is with prefix "/closed" and anything`,
+				`others: does not apply, since path "/closed" is not with prefix "/other"`,
+			}},
+			"/": {"none", []string{`far: does not apply, since `, `open: does not apply, since path "/" is not with prefix "/open"`}},
+		} {
+			request, err := http.NewRequest("GET", "http://web"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, response.Body); err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			got := r.Await(t)
+			if c.by == "" {
+				if response.StatusCode != 200 || got.Explanation != "" {
+					t.Errorf("%s, HTTP/2 %v: %s, the record is %+v", path, two, response.Status, got)
+				}
+				continue
+			}
+			lines := strings.Split(got.Explanation, "\n")
+			details := "rbac_access_denied_matched_policy[" + c.by + "]"
+			if response.StatusCode != 403 || got.Reason != flow.PolicyDenied || got.Details != details || got.Upstream.IsValid() || len(lines) != len(c.lines) {
+				t.Errorf("%s, HTTP/2 %v: %s, the record is %+v", path, two, response.Status, got)
+				continue
+			}
+			for i := range lines {
+				if !strings.HasPrefix(lines[i], c.lines[i]) {
+					t.Errorf("%s, HTTP/2 %v: %q, want %q", path, two, lines[i], c.lines[i])
+				}
+			}
+		}
+		client.CloseIdleConnections()
 	}
 }
 

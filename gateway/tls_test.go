@@ -28,6 +28,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/secure/securetest"
+	"github.com/pillion-proxy/pillion/internal/serve"
 	"github.com/pillion-proxy/pillion/internal/serve/servetest"
 	"github.com/pillion-proxy/pillion/internal/wire"
 	"github.com/pillion-proxy/pillion/internal/xds"
@@ -312,35 +313,11 @@ func TestAChainRoutesTheHostsOfItsOwnServerOnly(t *testing.T) {
 	}
 }
 
-// A request for a host of another server is answered 421 where istiod's filter is in the chain.
-func TestAHostOfAnotherServerIsMisdirected(t *testing.T) {
-	p := newPushed(t, 443)
-	serveAt(t, p.Rig, 9001)
-	p.secrets(t)
-	own := []*mesh.Misdirected{{Own: []string{shop}}, {Own: []string{mutual}}}
-	fixed := &fixed{Store: p.Store}
-	fixed.snapshot.Store(p.changed(func(l *mesh.Listener) {
-		for i, c := range l.Chains {
-			own[i].All = []string{shop, mutual}
-			h := *c.HTTP
-			h.Filters = append([]mesh.HTTPFilter{{Name: "misdirected", Misdirected: own[i]}}, h.Filters...)
-			c.HTTP = &h
-		}
-	}))
-	r := fixed.start(t, 443)
-	conn := tls.Client(r.Dial(t, r.At(443)), p.partner(shop, nil))
-	for host, want := range map[string]int{mutual: 421, "MUTUAL.example.test:443": 421, "unknown.test": 404} {
-		status, _, err := get(conn, host)
-		if got := r.Await(t); status != want || err != nil || got.Cluster != "" {
-			t.Errorf("%s: %d, %v; the record is %+v", host, status, err, got)
-		}
-	}
-}
-
 // fixed is a configuration that tests change by themselves.
 type fixed struct {
 	*controlplane.Store
 	snapshot atomic.Pointer[mesh.Snapshot]
+	recorder serve.Recorder
 }
 
 func (f *fixed) Snapshot() *mesh.Snapshot   { return f.snapshot.Load() }
@@ -350,7 +327,7 @@ func (*fixed) Identity() *identity.Identity { return nil }
 func (f *fixed) start(t *testing.T, port uint16) *servetest.Rig {
 	t.Helper()
 	return servetest.NewRig(t, servetest.Place{Port: port, New: func(t testing.TB, parts servetest.Parts) servetest.Role {
-		proxy, err := New(Config{Poller: parts.Poller, Flows: parts.Flows, Settings: parts.Settings, HTTP: parts.HTTP, Mesh: f})
+		proxy, err := New(Config{Poller: parts.Poller, Flows: parts.Flows, Settings: parts.Settings, HTTP: parts.HTTP, Mesh: f, Recorder: f.recorder})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -339,5 +338,5 @@ func (p *pod) ends(t testing.TB, container string) string {
 
 // dialer connects from inside a namespace.
 func dialer(from *nettest.Namespace, address string) func() (net.Conn, error) {
-	return func() (net.Conn, error) { return from.Dial("tcp", address, 5*time.Second) }
+	return func() (net.Conn, error) { return from.Dial("tcp", address, nettest.Patience) }
 }

@@ -1,8 +1,9 @@
-// Package jwks fetches the keys of issuers of tokens, and keeps them as long as the configuration says.
+// Package jwks fetches the keys of issuers of tokens, and keeps them for the configured time.
 //
 // Keys are fetched when a token needs them, or early. While they are renewed, the ones that were fetched last are used, for
 // as long again as they are kept; then tokens are not accepted until there are new ones. So a server that is away for a
-// while refuses no token, and one that is gone does not keep withdrawn keys alive.
+// while refuses no token, and one that is gone does not keep withdrawn keys alive. A token that names another key renews
+// them before their time, if they are not recent.
 package jwks
 
 import (
@@ -11,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -30,10 +32,11 @@ const (
 	maxBytes       = 1 << 20     // of a set
 	maxSets        = 256         // that are kept
 	shortestCache  = time.Second // so that a request finds the keys that it has waited for
+	shortestPause  = 100 * time.Millisecond
+	maxKeys        = 1024 // of a set: a token without the name of its key is verified by each of them
 	defaultTimeout = 5 * time.Second
-	attempts       = 3
-	attemptPause   = 100 * time.Millisecond // after the first attempt; it doubles
-	failurePause   = time.Second            // after a fetch that failed, as in Envoy
+	maxRetries     = 10
+	renewalPause   = 10 * time.Second // between fetches that tokens cause by naming keys that are not there
 )
 
 // Store has the keys that were fetched. Make it with New, and Close it.
@@ -58,8 +61,9 @@ type source struct{ cluster, uri string }
 type set struct {
 	keys     *jwt.KeySet   // nil: there are none
 	since    time.Time     // of keys
+	renewed  time.Time     // when a token last asked for another key
 	retry    time.Time     // no fetch begins before
-	fetching chan struct{} // closed when the fetch ends; nil: none is in progress
+	fetching chan struct{} // closed when the fetch ends; nil: no fetch is in progress
 	used     time.Time
 }
 
@@ -100,14 +104,29 @@ func (s *Store) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
 	return nil, k.fetching == nil
 }
 
-// Early begins a fetch if the configuration asks for it before the first request.
+// Renew implements jwt.Keys.
+func (s *Store) Renew(from *mesh.RemoteKeys) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k, now := s.set(from), s.now()
+	if k == nil {
+		return false
+	}
+	if k.fetching == nil && now.Sub(k.since) >= renewalPause && now.Sub(k.renewed) >= renewalPause {
+		k.renewed = now
+		s.fetch(k, from, now)
+	}
+	return k.fetching != nil
+}
+
+// Early begins a fetch if the configuration asks for it before the first token.
 func (s *Store) Early(from *mesh.RemoteKeys) {
 	if from.Early {
 		s.Keys(from)
 	}
 }
 
-// Fetched returns a channel that is closed when the fetch in progress has ended; nil: there is none.
+// Fetched returns a channel that is closed when the fetch in progress has ended; nil: no fetch is in progress.
 func (s *Store) Fetched(from *mesh.RemoteKeys) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -145,7 +164,7 @@ func (s *Store) forget() bool {
 	return !at.IsZero()
 }
 
-// fetch begins a fetch, unless one is in progress or has just failed. s.mu is held.
+// fetch begins a fetch, except while one is in progress or has just failed. s.mu is held.
 func (s *Store) fetch(k *set, from *mesh.RemoteKeys, now time.Time) {
 	if k.fetching != nil || now.Before(k.retry) || s.ctx.Err() != nil {
 		return
@@ -165,7 +184,7 @@ func (s *Store) run(k *set, from *mesh.RemoteKeys) {
 	k.fetching = nil
 	if err != nil {
 		s.failed.Add(1)
-		k.retry = s.now().Add(failurePause)
+		k.retry = s.now().Add(max(from.Pause, shortestPause))
 		if s.log != nil && s.ctx.Err() == nil {
 			s.log.Warn("cannot fetch the keys of tokens", "cluster", from.Service.Cluster, "uri", from.Service.URI, "err", err)
 		}
@@ -175,44 +194,56 @@ func (s *Store) run(k *set, from *mesh.RemoteKeys) {
 	k.keys, k.since = keys, s.now()
 }
 
-// get fetches keys, in several attempts.
-func (s *Store) get(from *mesh.RemoteKeys) (keys *jwt.KeySet, err error) {
-	pause := attemptPause
-	for i := range attempts {
-		if i > 0 {
-			select {
-			case <-time.After(pause):
-			case <-s.ctx.Done():
-				return nil, s.ctx.Err()
-			}
-			pause *= 2
-		}
-		if keys, err = s.attempt(from); err == nil {
-			return keys, nil
-		}
-	}
-	return nil, err
-}
+// errContent is that of an answer that another attempt would not change.
+var errContent = errors.New("the answer is not usable")
 
-func (s *Store) attempt(from *mesh.RemoteKeys) (*jwt.KeySet, error) {
+// get fetches keys. The timeout bounds all attempts together, as in Envoy, whose attempts have the greatest interval as limit.
+func (s *Store) get(from *mesh.RemoteKeys) (keys *jwt.KeySet, err error) {
 	timeout := from.Service.Timeout
 	if timeout <= 0 {
 		timeout = defaultTimeout
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, timeout)
 	defer cancel()
+	limit := from.MaxBackOff
+	if from.Retries == 0 {
+		limit = timeout
+	}
+	interval := from.BackOff
+	for tries := min(from.Retries, maxRetries); ; tries-- {
+		keys, err = s.attempt(ctx, from, limit)
+		if err == nil || tries == 0 || errors.Is(err, errContent) {
+			return keys, err
+		}
+		select {
+		case <-time.After(rand.N(max(interval, 1))):
+		case <-ctx.Done():
+			return nil, err
+		}
+		interval = min(2*interval, from.MaxBackOff)
+	}
+}
+
+func (s *Store) attempt(ctx context.Context, from *mesh.RemoteKeys, limit time.Duration) (*jwt.KeySet, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	answer, err := s.getter.Get(ctx, from.Service.Cluster, from.Service.URI, maxBytes)
 	switch {
 	case err != nil:
 		return nil, err
-	case answer.Status != http.StatusOK:
+	case answer.Status >= http.StatusInternalServerError:
 		return nil, fmt.Errorf("the server answered %d", answer.Status)
+	case answer.Status != http.StatusOK:
+		return nil, fmt.Errorf("%w: status %d", errContent, answer.Status)
 	case !json.Valid(answer.Body):
-		return nil, errors.New("the answer is not JSON")
+		return nil, fmt.Errorf("%w: not JSON", errContent)
 	}
 	keys := jwt.ParseKeys(answer.Body)
-	if keys.Len() == 0 {
-		return nil, errors.New("the answer has no keys that can be used")
+	switch n := keys.Len(); {
+	case n == 0:
+		return nil, fmt.Errorf("%w: no key can be used", errContent)
+	case n > maxKeys:
+		return nil, fmt.Errorf("%w: %d keys, at most %d", errContent, n, maxKeys)
 	}
 	return keys, nil
 }

@@ -1,7 +1,7 @@
 // Package jwt verifies the JSON Web Tokens of requests, as Envoy's filter jwt_authn does. It does no I/O.
 //
-// Signatures, keys and the encoding of tokens are the business of go-jose. What a mesh adds is here: where tokens are,
-// which of them a request needs, and what becomes of their claims.
+// go-jose verifies signatures and decodes keys and tokens. This package finds the tokens, decides which of them a request
+// needs, and applies their claims.
 package jwt
 
 import (
@@ -59,7 +59,7 @@ func compile(j *mesh.JWT) *Filter {
 // Result is what becomes of a request.
 type Result struct {
 	Reply   *route.Reply // nil: the request passes
-	Claims  *Claims      // of its verified tokens; nil: it has none
+	Claims  *Claims      // of its verified tokens; nil: no token was verified
 	Edits   []route.Edit // of the request's header
 	Reroute bool         // the route is to be chosen again, with the claims
 
@@ -217,7 +217,7 @@ func (f *Filter) provider(name string) *provider {
 	return nil
 }
 
-// requireAny requires one of several. The failure is the first that says more than that a token is not there or is
+// requireAny requires one of several. The failure is the first that is more specific than that a token is missing or is
 // another provider's.
 func (c *check) requireAny(of []mesh.JWTRequirement) *denial {
 	worst := missing

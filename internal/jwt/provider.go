@@ -43,8 +43,11 @@ type KeySet struct{ keys []jose.JSONWebKey }
 // Len returns the number of keys.
 func (k *KeySet) Len() int { return len(k.keys) }
 
-// ParseKeys returns the keys of a JSON Web Key Set. A set that cannot be parsed has none, and verifies no token.
+// ParseKeys returns the keys of a JSON Web Key Set. A set that cannot be parsed is empty, and verifies no token.
 func ParseKeys(set []byte) *KeySet { return &KeySet{parseKeys(set)} }
+
+// maxRSABits bounds RSA keys: the cost of a verification grows with the square of their size.
+const maxRSABits = 8192
 
 func parseKeys(set []byte) (keys []jose.JSONWebKey) {
 	var raw struct {
@@ -61,6 +64,9 @@ func parseKeys(set []byte) (keys []jose.JSONWebKey) {
 		secret, symmetric := key.Key.([]byte)
 		if !symmetric && !key.IsPublic() {
 			key = key.Public()
+		}
+		if public, ok := key.Key.(*rsa.PublicKey); ok && public.N.BitLen() > maxRSABits {
+			continue
 		}
 		if key.Valid() || len(secret) > 0 {
 			keys = append(keys, key)
@@ -122,13 +128,21 @@ func (p *provider) verify(text string, audiences []string, now time.Time, remote
 			return nil, noKeys
 		}
 	}
-	return t, checkSignature(t, keys)
+	failure = checkSignature(t, keys)
+	if failure == noKey && p.keys == nil && t.jws.Signatures[0].Protected.KeyID != "" && remote.Renew(p.source.Remote) {
+		failure = awaited
+	}
+	return t, failure
 }
 
 // Keys has the keys of issuers that are fetched from servers.
 type Keys interface {
 	// Keys returns the keys of an issuer, and nil if they could not be fetched. known is false while they are being fetched.
 	Keys(from *mesh.RemoteKeys) (keys *KeySet, known bool)
+
+	// Renew fetches keys because a token names one that is not among them. It returns false if they are too recent for
+	// that: everybody can make such tokens.
+	Renew(from *mesh.RemoteKeys) bool
 }
 
 func (p *provider) checkTimes(t *parsed, now time.Time) *denial {

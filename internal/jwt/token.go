@@ -46,9 +46,9 @@ type parsed struct {
 	raw     []byte // of payload
 }
 
-// parse parses a token. Nothing of it may be trusted.
+// parse parses a token. Its content is not verified.
 func parse(text string) (*parsed, *denial) {
-	if strings.Count(text, ".") != 2 {
+	if strings.Count(text, ".") != 2 || strings.IndexFunc(text, notOfToken) >= 0 { // base64 ignores line breaks
 		return nil, malformed
 	}
 	jws, err := jose.ParseSignedCompact(text, algorithms)
@@ -89,7 +89,7 @@ func (p *parsed) issuer() string {
 	return issuer
 }
 
-// audiences returns the claim aud, which is a text or a list.
+// audiences returns the texts of the claim aud: a text or a list.
 func (p *parsed) audiences() (audiences []string) {
 	switch aud := p.payload["aud"].(type) {
 	case string:

@@ -146,7 +146,11 @@ func TestFindingsOfTokens(t *testing.T) {
 		{"a path without a requirement", join(provider, nest(anyPath, 2)), ""},
 		{"a requirement with a name", join(nest(join(text(1, "n"), nest(mayBeGone, 2)), 5), nest(join(anyPath, text(3, "n")), 2)), ""},
 		{"remote keys", nest(join(text(1, "p"), nest(nest(text(2, "c"), 3, 1), 2)), 1), ""},
-		{"a retry", nest(join(text(1, "p"), nest(nest(join(nest(text(2, "c"), 1), nest(nil, 4)), 3), 2)), 1), "traffic providers.value.remote_jwks.retry_policy: not supported"},
+		{"a retry", nest(join(text(1, "p"), nest(nest(join(nest(text(2, "c"), 1), nest(nil, 4)), 3), 2)), 1), ""},
+		{"a retry without an interval", nest(join(text(1, "p"), nest(nest(join(nest(text(2, "c"), 1), nest(nest(nil, 1), 4)), 3), 2)), 1),
+			"traffic providers.value.remote_jwks.retry_policy.retry_back_off: no interval; the default is used"},
+		{"a retry at another priority", nest(join(text(1, "p"), nest(nest(join(nest(text(2, "c"), 1), nest(nest(nil, 4), 4)), 3), 2)), 1),
+			"traffic providers.value.remote_jwks.retry_policy.retry_priority: not supported"},
 
 		{"another provider", rule(text(1, "q")), "security : there is no q to refer to"},
 		{"another name", nest(join(anyPath, text(3, "n")), 2), "security : there is no n to refer to"},
@@ -184,9 +188,34 @@ func TestFindingsOfTokens(t *testing.T) {
 // A field that is absent has Envoy's default.
 func TestDefaultsOfTokens(t *testing.T) {
 	f, findings := decodeExtension(t, jwtType, nest(join(text(1, "p"), nest(nest(nest(text(2, "c"), 1), 3), 2)), 1))
-	want := &JWT{Providers: []JWTProvider{{Name: "p", ClockSkew: time.Minute, Remote: &RemoteKeys{Service: HTTPService{Cluster: "c"}, CacheFor: 10 * time.Minute}}}}
+	want := &JWT{Providers: []JWTProvider{{Name: "p", ClockSkew: time.Minute, Remote: &RemoteKeys{Service: HTTPService{Cluster: "c"}, CacheFor: 10 * time.Minute, Pause: time.Second}}}}
 	if findings != "" || !reflect.DeepEqual(f.JWT, want) || f.JWT.Restricts() || f.Refused {
 		t.Errorf("findings %s, %+v", findings, f.JWT)
+	}
+}
+
+// The policy of retries, and the pause after a fetch that failed.
+func TestRetriesOfFetchesOfKeys(t *testing.T) {
+	seconds := func(n uint64, path ...int) []byte { return nest(number(1, n), path...) }
+	for name, c := range map[string]struct {
+		fields []byte
+		want   RemoteKeys
+	}{
+		"no policy":        {nil, RemoteKeys{Pause: time.Second}},
+		"an empty policy":  {nest(nil, 4), RemoteKeys{Pause: time.Second, Retries: 1, BackOff: time.Second, MaxBackOff: 10 * time.Second}},
+		"no retries":       {nest(nest(nil, 2), 4), RemoteKeys{Pause: time.Second, BackOff: time.Second, MaxBackOff: 10 * time.Second}},
+		"a number":         {nest(nest(number(1, 3), 2), 4), RemoteKeys{Pause: time.Second, Retries: 3, BackOff: time.Second, MaxBackOff: 10 * time.Second}},
+		"an interval":      {nest(nest(seconds(2, 1), 1), 4), RemoteKeys{Pause: time.Second, Retries: 1, BackOff: 2 * time.Second, MaxBackOff: 20 * time.Second}},
+		"two intervals":    {nest(nest(join(seconds(2, 1), seconds(3, 2)), 1), 4), RemoteKeys{Pause: time.Second, Retries: 1, BackOff: 2 * time.Second, MaxBackOff: 3 * time.Second}},
+		"a pause":          {nest(seconds(7, 2), 3), RemoteKeys{Pause: 7 * time.Second, Early: true}},
+		"an early fetch":   {nest(nil, 3), RemoteKeys{Pause: time.Second, Early: true}},
+		"a listener waits": {nest(number(1, 1), 3), RemoteKeys{Pause: time.Second, Early: true}},
+	} {
+		f, findings := decodeExtension(t, jwtType, nest(join(text(1, "p"), nest(nest(join(nest(text(2, "c"), 1), c.fields), 3), 2)), 1))
+		c.want.Service.Cluster, c.want.CacheFor = "c", 10*time.Minute
+		if got := *f.JWT.Providers[0].Remote; findings != "" || got != c.want {
+			t.Errorf("%s: findings %q, %+v\nwant %+v", name, findings, got, c.want)
+		}
 	}
 }
 

@@ -58,7 +58,11 @@ type JWTProvider struct {
 type RemoteKeys struct {
 	Service  HTTPService
 	CacheFor time.Duration
-	Early    bool // fetched when the listener is made, instead of by the first request
+	Early    bool          // fetched by the first request, instead of by the first token
+	Pause    time.Duration // after a fetch that failed
+
+	Retries             uint32 // of a fetch, within the timeout of Service
+	BackOff, MaxBackOff time.Duration
 }
 
 // HTTPService is a server that is asked by HTTP (envoy.config.core.v3.HttpUri).
@@ -116,6 +120,8 @@ const (
 const (
 	defaultClockSkew = time.Minute
 	defaultKeysCache = 10 * time.Minute
+	defaultKeysPause = time.Second
+	keysBackOff      = time.Second
 )
 
 var (
@@ -334,19 +340,31 @@ var (
 		1: {"http_uri", once},
 		2: {"cache_duration", once},
 		3: {"async_fetch", once},
-		4: {"retry_policy", traffic},
+		4: {"retry_policy", once},
 	}}
 
+	// Envoy replaces the conditions as well: 5xx, gateway-error, connect-failure and reset.
+	keyRetryFields = message{"envoy.config.core.v3.RetryPolicy", Traffic, []field{
+		1: {"retry_back_off", once},
+		2: {"num_retries", once},
+		3: {"retry_on", ignored},
+		4: {"retry_priority", traffic},
+		5: {"retry_host_predicate", traffic},
+		6: {"host_selection_retry_max_attempts", ignored},
+	}}
+
+	keyBackOffFields = message{"envoy.config.core.v3.BackoffStrategy", Traffic, []field{1: {"base_interval", once}, 2: {"max_interval", once}}}
+
 	asyncFetchFields = message{jwtPackage + "JwksAsyncFetch", Security, []field{
-		1: {"fast_listener", ignored}, // listeners never wait
-		2: {"failed_refetch_duration", traffic},
+		1: {"fast_listener", ignored}, // listeners never wait: requests do
+		2: {"failed_refetch_duration", once},
 	}}
 
 	httpURIFields = message{"envoy.config.core.v3.HttpUri", Security, []field{1: {"uri", decoded}, 2: {"cluster", choice}, 3: {"timeout", once}}}
 )
 
 func (d *decoder) remoteKeys(m wire.Message) *RemoteKeys {
-	r := &RemoteKeys{CacheFor: defaultKeysCache}
+	r := &RemoteKeys{CacheFor: defaultKeysCache, Pause: defaultKeysPause}
 	for d.next(&m, &remoteKeysFields) {
 		switch m.Number {
 		case 1:
@@ -356,13 +374,31 @@ func (d *decoder) remoteKeys(m wire.Message) *RemoteKeys {
 		case 3:
 			r.Early = true
 			for m := m.Message(); d.next(&m, &asyncFetchFields); {
+				if m.Number == 2 {
+					r.Pause = d.duration(m.Message())
+				}
 			}
+		case 4:
+			d.keyRetry(m.Message(), r)
 		}
 	}
 	if r.Service.Cluster == "" {
 		d.report(Security, "keys without a cluster to fetch them from")
 	}
 	return r
+}
+
+// keyRetry decodes a policy. An empty one allows one retry.
+func (d *decoder) keyRetry(m wire.Message, r *RemoteKeys) {
+	r.Retries, r.BackOff, r.MaxBackOff = 1, keysBackOff, 10*keysBackOff
+	for d.next(&m, &keyRetryFields) {
+		switch m.Number {
+		case 1:
+			r.BackOff, r.MaxBackOff = d.backOff(m.Message(), &keyBackOffFields, keysBackOff)
+		case 2:
+			r.Retries = d.uint32Value(m.Message())
+		}
+	}
 }
 
 func (d *decoder) httpService(m wire.Message) (s HTTPService) {

@@ -154,7 +154,7 @@ func (d *decoder) retry(m wire.Message) *RetryPolicy {
 				r.Codes = append(r.Codes, uint32(code))
 			}
 		case 8:
-			r.BackOff, r.MaxBackOff = d.backOff(m.Message())
+			r.BackOff, r.MaxBackOff = d.backOff(m.Message(), &backOffFields, defaultBackOff)
 		case 9:
 			r.Headers = append(r.Headers, d.headerMatcher(m.Message()))
 		case 10:
@@ -179,8 +179,9 @@ func (d *decoder) retryOn(list string) (on RetryConditions) {
 
 var backOffFields = message{"envoy.config.route.v3.RetryPolicy.RetryBackOff", Traffic, []field{1: {"base_interval", once}, 2: {"max_interval", once}}}
 
-func (d *decoder) backOff(m wire.Message) (base, limit time.Duration) {
-	for d.next(&m, &backOffFields) {
+// backOff returns the least interval and the greatest. Without a least one, it is absent.
+func (d *decoder) backOff(m wire.Message, table *message, absent time.Duration) (base, limit time.Duration) {
+	for d.next(&m, table) {
 		switch m.Number {
 		case 1:
 			base = d.duration(m.Message())
@@ -190,7 +191,7 @@ func (d *decoder) backOff(m wire.Message) (base, limit time.Duration) {
 	}
 	if base <= 0 {
 		d.report(Traffic, "no interval; the default is used")
-		base = defaultBackOff
+		base = absent
 	}
 	if limit == 0 {
 		limit = 10 * min(base, time.Hour)

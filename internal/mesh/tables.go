@@ -193,6 +193,8 @@ var tables = []*message{
 	&claimHeaderFields,
 	&remoteKeysFields,
 	&asyncFetchFields,
+	&keyRetryFields,
+	&keyBackOffFields,
 	&httpURIFields,
 	&jwtRuleFields,
 	&requirementFields,

@@ -240,6 +240,9 @@ func (p present) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
 	return keys, true
 }
 
+// Renew implements jwt.Keys.
+func (p present) Renew(*mesh.RemoteKeys) bool { return false }
+
 // ext applies a filter of external authorization to a request. waits is the question that has to be answered first.
 func (g *gate) ext(r *httpforward.Request, e *mesh.ExtAuthz, settings *mesh.CheckSettings) (reply *route.Reply, waits *question) {
 	switch {

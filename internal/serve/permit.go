@@ -143,12 +143,8 @@ func (p *permit) judge(r *httpforward.Request, proxied bool) {
 	}
 }
 
-// proxied reports whether a request asks a proxy to connect or to send it elsewhere. CONNECT with a path opens a WebSocket
-// (RFC 8441).
-func proxied(r *httpforward.Request) bool {
-	connect := string(r.Method) == http.MethodConnect && !(len(r.Path) > 0 && r.Path[0] == '/')
-	return connect || r.Absolute
-}
+// proxied reports whether a request asks a proxy to connect or to send it elsewhere.
+func proxied(r *httpforward.Request) bool { return isTunnel(r) || r.Absolute }
 
 // otherHost returns a host field that differs from the authority: a server may go by either.
 func otherHost(r *httpforward.Request) []byte {

@@ -252,9 +252,10 @@ func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 	return match.Metadata(nil).Match(m)
 }
 
-// isTunnel reports whether a request asks for a tunnel: CONNECT without a path. With one, it opens a WebSocket (RFC 8441).
+// isTunnel reports whether a request asks for a tunnel by CONNECT. Over HTTP/2, CONNECT with a path opens a WebSocket (RFC 8441). Over
+// HTTP/1 it is malformed, and servers that serve it like another request let a client send further ones through the tunnel.
 func isTunnel(r *httpforward.Request) bool {
-	return string(r.Method) == http.MethodConnect && (len(r.Path) == 0 || r.Path[0] != '/')
+	return string(r.Method) == http.MethodConnect && (r.Protocol < flow.HTTP2 || len(r.Path) == 0 || r.Path[0] != '/')
 }
 
 // authorize applies a policy of requests.
@@ -288,6 +289,11 @@ func (g *gate) authenticate(r *httpforward.Request, filter *mesh.JWT, own *mesh.
 	var keys jwt.Keys
 	if g.role != nil && g.role.keys != nil {
 		keys = g.role.keys
+		for i := range filter.Providers {
+			if from := filter.Providers[i].Remote; from != nil {
+				g.role.keys.Early(from)
+			}
+		}
 	}
 	required := jwt.ByRules
 	if own != nil {

@@ -50,6 +50,9 @@ func (r *routing) subject() authz.Subject {
 // pass applies the policies to a request, and routes it as they leave it. Routes may match the claims of its token.
 func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
 	changed, reply, waits := r.gate.pass(r.judged, r.manager, q)
+	if reply == nil && waits == nil && r.role.gateway && isTunnel(q) {
+		reply = route.NoRoute // requests inside of it would not be routed
+	}
 	switch {
 	case waits != nil:
 		var d httpforward.Decision
@@ -73,7 +76,7 @@ func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Dec
 	if len(r.gate.edits) > 0 {
 		d.Edits = slices.Concat(r.gate.edits, d.Edits)
 	}
-	if changed {
+	if changed || q.Absolute { // a server may go by Host instead of the target that was routed
 		d.Path = q.Path
 	}
 	if len(r.gate.responses) > 0 {

@@ -166,8 +166,9 @@ func wideJWT() *jwt.JwtAuthentication {
 				FromHeaders:         []*jwt.JwtHeader{{Name: "x-token", ValuePrefix: "Bearer "}, {Name: "y"}}, FromParams: []string{"token"}, FromCookies: []string{"session"},
 				NormalizePayloadInMetadata: &jwt.JwtProvider_NormalizePayload{SpaceDelimitedClaims: []string{"scope", "permission"}},
 				ClaimToHeaders:             []*jwt.JwtClaimToHeader{{HeaderName: "x-sub", ClaimName: "sub"}}},
-			"remote": {JwksSourceSpecifier: &jwt.JwtProvider_RemoteJwks{RemoteJwks: &jwt.RemoteJwks{HttpUri: uri, CacheDuration: durationpb.New(time.Minute), AsyncFetch: &jwt.JwksAsyncFetch{FastListener: true}}}},
-			"empty":  {JwksSourceSpecifier: &jwt.JwtProvider_LocalJwks{LocalJwks: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte{}}}}},
+			"remote": {JwksSourceSpecifier: &jwt.JwtProvider_RemoteJwks{RemoteJwks: &jwt.RemoteJwks{HttpUri: uri, CacheDuration: durationpb.New(time.Minute), AsyncFetch: &jwt.JwksAsyncFetch{FastListener: true, FailedRefetchDuration: durationpb.New(3 * time.Second)},
+				RetryPolicy: &core.RetryPolicy{NumRetries: wrapperspb.UInt32(4), RetryBackOff: &core.BackoffStrategy{BaseInterval: durationpb.New(2 * time.Second)}}}}},
+			"empty": {JwksSourceSpecifier: &jwt.JwtProvider_LocalJwks{LocalJwks: &core.DataSource{Specifier: &core.DataSource_InlineBytes{InlineBytes: []byte{}}}}},
 		},
 		Rules: []*jwt.RequirementRule{
 			{Match: match, RequirementType: &jwt.RequirementRule_Requires{Requires: either(name("local"), name("empty"), both(either(name("local"), missing), either(audiences, failed)))}},
@@ -176,6 +177,17 @@ func wideJWT() *jwt.JwtAuthentication {
 		},
 		RequirementMap:      map[string]*jwt.JwtRequirement{"n": name("local"), "m": missing},
 		BypassCorsPreflight: true, StripFailureResponse: true, StatPrefix: "s",
+	}
+}
+
+func readKeyRetry(p *core.RetryPolicy, want *mesh.RemoteKeys) {
+	if p == nil {
+		return
+	}
+	want.Retries, want.BackOff = 1, absentDuration(p.GetRetryBackOff().GetBaseInterval(), time.Second)
+	want.MaxBackOff = absentDuration(p.GetRetryBackOff().GetMaxInterval(), 10*want.BackOff)
+	if p.NumRetries != nil {
+		want.Retries = p.NumRetries.Value
 	}
 }
 
@@ -192,7 +204,9 @@ func readJWT(j *jwt.JwtAuthentication) *mesh.JWT {
 			w.Keys = append([]byte(local.GetInlineString()), local.GetInlineBytes()...)
 		}
 		if remote := p.GetRemoteJwks(); remote != nil {
-			w.Remote = &mesh.RemoteKeys{Service: readURI(remote.HttpUri), CacheFor: absentDuration(remote.CacheDuration, 10*time.Minute), Early: remote.AsyncFetch != nil}
+			w.Remote = &mesh.RemoteKeys{Service: readURI(remote.HttpUri), CacheFor: absentDuration(remote.CacheDuration, 10*time.Minute), Early: remote.AsyncFetch != nil,
+				Pause: absentDuration(remote.AsyncFetch.GetFailedRefetchDuration(), time.Second)}
+			readKeyRetry(remote.RetryPolicy, w.Remote)
 		}
 		for _, h := range p.FromHeaders {
 			w.Headers = append(w.Headers, mesh.TokenHeader{Name: h.Name, Prefix: h.ValuePrefix})

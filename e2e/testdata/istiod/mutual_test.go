@@ -310,7 +310,7 @@ func TestPlaintextIsRefusedAsConfigured(t *testing.T) {
 	c := newCouple(t, "STRICT")
 	d := c.pods[1]
 	ask := func() error { // from a user whose connections are not captured
-		out, err := d.Run(c.pods[0].Command(agentUID, agentUID, "curl", "-sS", "--max-time", "20", "http://"+d.ip+":8080/plain"))
+		out, err := d.Run(c.pods[0].Command(agentUID, agentUID, "curl", "-sS", "--max-time", "60", "http://"+d.ip+":8080/plain"))
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}

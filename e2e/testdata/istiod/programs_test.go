@@ -148,7 +148,7 @@ func TestOtherClientsSpeakMutualTLSWithTheAgent(t *testing.T) {
 			t.Errorf("openssl %s, server first: %q", version, greeting)
 		}
 	}
-	curl := []string{"curl", "-sS", "--cert", own.file("cert.pem"), "--key", own.file("key.pem"), "--cacert", own.file("roots.pem"), "-k", "--max-time", "20"}
+	curl := []string{"curl", "-sS", "--cert", own.file("cert.pem"), "--key", own.file("key.pem"), "--cacert", own.file("roots.pem"), "-k", "--max-time", "60"}
 	for _, version := range []string{"--http1.1", "--http2"} {
 		out, err := from.Run(from.Command(agentUID, agentUID, curl[0], append(curl[1:], version, "https://"+d.ip+":8080/curl")...))
 		if err != nil || !strings.Contains(out, identity) {
@@ -161,7 +161,7 @@ func TestOtherClientsSpeakMutualTLSWithTheAgent(t *testing.T) {
 		"; proxy_ssl_server_name on; proxy_ssl_protocols TLSv1.2 TLSv1.3; proxy_ssl_certificate "+own.file("cert.pem")+"; proxy_ssl_certificate_key "+own.file("key.pem")+"; } }\n}\n"))
 	for name, port := range map[string]string{"haproxy": "7001", "nginx": "7002"} {
 		await(t, func() error {
-			out, err := from.Run(from.Command(agentUID, agentUID, "curl", "-sS", "--max-time", "20", "http://127.0.0.1:"+port+"/"+name))
+			out, err := from.Run(from.Command(agentUID, agentUID, "curl", "-sS", "--max-time", "60", "http://127.0.0.1:"+port+"/"+name))
 			if err != nil || !strings.Contains(out, identity) {
 				return fmt.Errorf("%s: %v %s", name, err, out)
 			}

@@ -87,7 +87,7 @@ func call(address string) {
 		log.Fatal(err)
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	client := pb.NewTestServiceClient(conn)
 	for _, c := range cases {

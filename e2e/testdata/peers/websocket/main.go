@@ -63,7 +63,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 }
 
 func talk(url string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	conn, _, err := websocket.Dial(ctx, url, &websocket.DialOptions{
 		Subprotocols: []string{"echo"}, CompressionMode: websocket.CompressionContextTakeover,
