@@ -40,13 +40,17 @@ func TestRequestsGoWhereIstiodSimulates(t *testing.T) {
 			} {
 				proxy.Type, proxy.ConfigNamespace = kind, "default"
 				proxy.Metadata = &model.NodeMetadata{Namespace: "default", Labels: proxy.Labels, ClusterID: clusterID}
-				compareWays(t, simulation.NewSimulation(t, p.FakeDiscoveryServer, p.SetupProxy(proxy)), kind)
+				compareWays(t, simulation.NewSimulation(t, p.FakeDiscoveryServer, p.SetupProxy(proxy)), kind, gatewayRequests[strings.TrimSuffix(filepath.Base(file), ".yaml")])
 			}
 		})
 	}
 }
 
-func compareWays(t *testing.T, sim *simulation.Simulation, kind model.NodeType) {
+// gatewayRequests is how many requests are compared at the gateway at least, for each case that has a Gateway. Without one, a
+// gateway has no listener, and the simulation no way to follow.
+var gatewayRequests = map[string]int{"10-gateway": 1, "11-gateway-tls": 1, "15-ext-authz": 1, "20-gateway-modes": 10}
+
+func compareWays(t *testing.T, sim *simulation.Simulation, kind model.NodeType, atGateway int) {
 	snapshot := simulated(t, sim)
 	calls := callsTo(snapshot, kind)
 	compared := 0
@@ -62,8 +66,14 @@ func compareWays(t *testing.T, sim *simulation.Simulation, kind model.NodeType) 
 		}
 	}
 	t.Logf("%s: %d of %d requests were compared", kind, compared, len(calls))
-	if kind == model.SidecarProxy && compared < 200 {
-		t.Errorf("only %d of %d requests were compared", compared, len(calls))
+	least := atGateway
+	if kind == model.SidecarProxy {
+		least = 200
+	} else if atGateway == 0 && len(calls) > 0 {
+		t.Errorf("%d requests to a gateway of which this table does not have the case", len(calls))
+	}
+	if compared < least {
+		t.Errorf("%s: only %d of %d requests were compared, want at least %d", kind, compared, len(calls), least)
 	}
 }
 
