@@ -101,6 +101,12 @@ func (p *meshPod) command() []string {
 		"--kept-configuration", p.kept, "--log-level", "warn", "--drain-delay", "0s"}
 }
 
+// carrying is the command of an agent that carries traffic. It writes an access log, which the control plane does not configure,
+// as the other contenders do.
+func (p *meshPod) carrying() []string {
+	return append(p.command(), "--outbound-port", "15001", "--inbound-port", "15006", "--access-log", "/dev/stdout")
+}
+
 // agent starts the agent, and returns the time until its readiness port answers and, if ready, until it is ready.
 func (p *meshPod) agent(t testing.TB, ready bool) (took time.Duration, a *proxy) {
 	t.Helper()

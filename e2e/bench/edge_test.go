@@ -89,7 +89,7 @@ func (p *meshPod) accepting(t testing.TB, ports []int, certificate string) conte
 	}
 	file := writeConfig(t, p.directory, "gateway.json", string(services))
 	var command []string
-	for _, word := range p.command() {
+	for _, word := range append(p.command(), "--access-log", "/dev/stdout") {
 		if command = append(command, word); word == "agent" {
 			command = append(command[:len(command)-1], "proxy", "router")
 		}

@@ -31,7 +31,7 @@ func measurePolicies(t testing.TB, k *kit, s sizes) []*row {
 func (p *meshPod) judged(name string, policies int) contender {
 	return contender{
 		name: name, root: true,
-		command: append(p.command(), "--outbound-port", "15001", "--inbound-port", "15006"),
+		command: p.carrying(),
 		before: func(t testing.TB, ns *nettest.Namespace) {
 			cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-mtls", "STRICT", "-policies", fmt.Sprint(policies))
 			cmd.Stderr = os.Stderr

@@ -92,7 +92,7 @@ func (p *meshPod) routing(t testing.TB, ports []int, secured bool) contender {
 	file := writeConfig(t, p.directory, "services.json", string(services))
 	c := contender{
 		name: namePillion, root: true,
-		command: append(p.command(), "--outbound-port", "15001", "--inbound-port", "15006"),
+		command: p.carrying(),
 		before: func(t testing.TB, ns *nettest.Namespace) {
 			cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-services", file)
 			cmd.Stderr = os.Stderr

@@ -33,7 +33,7 @@ func newSecured(t testing.TB, k *kit) *secured {
 	p := newMeshPod(t, k, programs)
 	pillion := contender{
 		name: namePillion, root: true,
-		command: append(p.command(), "--outbound-port", "15001", "--inbound-port", "15006"),
+		command: p.carrying(),
 		before: func(t testing.TB, ns *nettest.Namespace) {
 			cmd := ns.Command(0, 0, programs.istiod, "-directory", p.directory, "-mtls", "STRICT",
 				"-outbound", fmt.Sprintf("%v:%d", nettest.PodIP4, http1Port))
