@@ -92,8 +92,8 @@ func TestChangingFilesStayWithinTheLimit(t *testing.T) {
 		if taken(s.Of([]mesh.AccessLog{one})) != 1 {
 			t.Fatalf("file %d is refused: %s", i, log.buf.String())
 		}
-		s.Keep(configured())
 		w := s.files[one.Path]
+		s.Keep(configured()) // which may forget it at once
 		nettest.Eventually(t, "the file is closed", func() bool { return w.forget() && !isOpen(t, one.Path) })
 	}
 	if n := len(s.each()); n > maxGone+1 {
