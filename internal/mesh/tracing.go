@@ -191,8 +191,8 @@ var (
 	tagVariableFields = message{"envoy.type.tracing.v3.CustomTag.Environment", Cosmetic, []field{1: {"name", decoded}, 2: {"default_value", decoded}}}
 	tagHeaderFields   = message{"envoy.type.tracing.v3.CustomTag.Header", Cosmetic, []field{1: {"name", decoded}, 2: {"default_value", decoded}}}
 	tagMetadataFields = message{"envoy.type.tracing.v3.CustomTag.Metadata", Cosmetic, []field{
-		1: {"kind", decoded},
-		2: {"metadata_key", decoded},
+		1: {"kind", once},
+		2: {"metadata_key", once},
 		3: {"default_value", decoded},
 	}}
 	metadataKindFields = message{"envoy.type.metadata.v3.MetadataKind", Cosmetic, []field{
