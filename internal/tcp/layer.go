@@ -363,7 +363,8 @@ func (l *layered) flush(c *Conn) error {
 }
 
 // flushWaiting flushes before a wait for the connection, because its owner cannot see the unsent bytes. It reports whether
-// the owner must try again at once: the flush failed, or a read that was stalled can go on.
+// the owner must try again at once: the flush failed, a read that was stalled can go on, or all bytes are sent. A write may have
+// returned ErrAgain because of them, and no event follows if the socket has room: it may not be watched for writes yet.
 func (l *layered) flushWaiting(c *Conn) (news bool) {
 	if l.full {
 		if limited, ok := l.Layer.(Limited); ok && limited.Room() {
@@ -374,10 +375,13 @@ func (l *layered) flushWaiting(c *Conn) (news bool) {
 	if l.unsent == nil || l.writeErr != nil {
 		return l.stalled && l.resume()
 	}
-	if err := l.flush(c); err != nil && err != ErrAgain {
+	if err := l.flush(c); err != ErrAgain {
+		if l.stalled && err == nil {
+			l.resume()
+		}
 		return true
 	}
-	return l.stalled && (l.unsent == nil || l.unsent.Len() <= maxUnsent) && l.resume()
+	return l.stalled && l.unsent.Len() <= maxUnsent && l.resume()
 }
 
 func (l *layered) resume() bool {

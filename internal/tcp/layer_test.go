@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/tcp/layertest"
@@ -233,6 +235,37 @@ func TestWaitSendsWhatIsUnsent(t *testing.T) {
 	}()
 	if n, err := r.read(t, make([]byte, 100)); n != 11 || err != nil { // read calls Wait
 		t.Errorf("read %d bytes, %v", n, err)
+	}
+	<-done
+}
+
+// A write that was refused can go on when Wait has sent the unsent bytes. No event shows that: the socket is not watched for
+// writes before the first Wait with a full one, and it has room by then.
+func TestAWriteGoesOnAfterWaitHasSentTheRest(t *testing.T) {
+	r := newLayerRig(t)
+	r.peer.Write([]byte("a"))
+	r.wait(t) // watches the socket
+	if n, err := r.read(t, make([]byte, 10)); n != 1 || err != nil {
+		t.Fatalf("read %d bytes, %v", n, err)
+	}
+	sent := r.fill(t, random(64<<20))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if n, err := io.ReadFull(r.peer, make([]byte, len(sent)+1)); err != nil {
+			t.Errorf("%d of %d bytes arrived, %v", n, len(sent)+1, err)
+		}
+	}()
+	nettest.Eventually(t, "the socket has room", func() bool {
+		kernel, _ := tcp.State(r.conn)
+		return kernel&unix.EPOLLOUT != 0
+	})
+	for n := 0; n == 0; {
+		r.wait(t)
+		var err error
+		if n, err = r.conn.Write([]byte("x")); err != nil && err != tcp.ErrAgain {
+			t.Fatal(err)
+		}
 	}
 	<-done
 }
