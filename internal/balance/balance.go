@@ -27,8 +27,9 @@ type Config struct {
 	// Lookup resolves the names of clusters with DNS, outside of the data path. nil: such clusters have no hosts.
 	Lookup Lookup
 
-	// Retire receives the addresses of hosts that a cluster has lost, that are not healthy any more or that are secured otherwise,
-	// soon after the change: their connections must not begin another request. nil: connections stay.
+	// Retire receives the addresses of hosts that a cluster has lost, that are not healthy any more, or whose cluster has changed
+	// and uses TLS, soon after the change: their connections must not begin another request, whichever cluster they were made
+	// for. nil: connections stay.
 	Retire func(map[netip.AddrPort]struct{})
 }
 

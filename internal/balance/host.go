@@ -20,7 +20,7 @@ type Host struct {
 	active  atomic.Int64 // requests and connections
 	added   time.Time    // zero: with the cluster
 
-	usedBy *view             // the last view in which it is usable
+	usedBy *view             // the last view that has it, if it is usable there; older views must not be kept alive
 	tls    *mesh.UpstreamTLS // in the last view that has it
 
 	outlier outlier

@@ -116,7 +116,7 @@ func (c *Cluster) enrol(v *view, hosts map[netip.AddrPort]*Host, from *mesh.Assi
 			h := c.keep(hosts, e.Address, now)
 			m := member{host: h, endpoint: e, locality: locality, transport: v.config.TransportTo(e), weight: float64(e.Weight)}
 			m.usable = e.Health.Usable() && !h.outlier.ejected.Load()
-			if h.tls = m.tls(); m.usable {
+			if h.tls, h.usedBy = m.tls(), nil; m.usable {
 				h.usedBy = v
 			}
 			v.ease(&m, now)

@@ -139,7 +139,7 @@ func (p *Pool) TakeUsed(target Target, repeatable bool) (*tcp.Conn, Use) {
 		}
 		now := time.Now()
 		idle := now.Sub(last.since)
-		if idle < life && !target.Over(&last.use, now) && (repeatable && idle <= Pause && last.conn.SeemsQuiet() || last.conn.Quiet()) {
+		if idle < life && !last.conn.Retired() && !target.Over(&last.use, now) && (repeatable && idle <= Pause && last.conn.SeemsQuiet() || last.conn.Quiet()) {
 			p.Stats.Reused.Add(1)
 			return last.conn, last.use
 		}
