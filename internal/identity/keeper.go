@@ -53,7 +53,6 @@ type Keeper struct {
 	fetched     *Identity    // by the last successful fetch
 	anchors     *Roots       // of the mesh, besides those of the source; may be nil
 	revocations *Revocations // may be nil
-	looked      bool         // the file of revocations was read, or is missing
 	status      Status
 }
 
@@ -250,19 +249,18 @@ func (k *Keeper) watch(ctx context.Context) {
 }
 
 // readRevocations reads the lists and reports whether they have changed. Lists that cannot be read leave those before them
-// in force, as in Envoy. If the first ones cannot be read, no certificate of a peer is accepted until they can: Envoy accepts
-// no connection then. A file that is gone revokes nothing.
+// in force, as in Envoy. If there are none before, no certificate of a peer is accepted until the file can be read: Envoy
+// accepts no connection then. A file that is gone revokes nothing.
 func (k *Keeper) readRevocations() (changed bool) {
 	if k.config.Revocations == "" {
 		return false
 	}
 	k.mu.Lock()
-	old, first := k.revocations, !k.looked
-	k.looked = true
+	old := k.revocations
 	k.mu.Unlock()
 	next, err := k.parseRevocations(old)
 	switch {
-	case err != nil && first:
+	case err != nil && old == nil:
 		next = &unreadable
 	case err != nil:
 		next = old

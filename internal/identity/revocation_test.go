@@ -184,9 +184,9 @@ func TestRevocationListsAreFollowed(t *testing.T) {
 	})
 }
 
-// A file that is damaged when the agent starts refuses all certificates of peers, with the lists of configurations as well,
-// until it can be read.
-func TestDamagedRevocationListsRefuseAllAtStart(t *testing.T) {
+// A file that is damaged when there are no lists of before refuses all certificates of peers, with the lists of configurations
+// as well, until it can be read.
+func TestDamagedRevocationListsRefuseAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		root := newAuthority(t, "root")
 		own := root.identity(t, 48*time.Hour)
@@ -220,12 +220,28 @@ func TestDamagedRevocationListsRefuseAllAtStart(t *testing.T) {
 		if n := strings.Count(log.String(), "certificates of peers are refused"); n != 1 || k.Status().RevocationError == nil {
 			t.Errorf("logged %d times, status %v", n, k.Status().RevocationError)
 		}
-		write(root.revoke(t, nil))
+		mend := func() {
+			t.Helper()
+			write(root.revoke(t, nil))
+			time.Sleep(2 * filePoll)
+			synctest.Wait()
+			if err := k.Current().Revocations.Check(chain, time.Now()); err != nil || k.Status().RevocationError != nil {
+				t.Errorf("after it was mended: %v, status %v", err, k.Status().RevocationError)
+			}
+		}
+		mend()
+		// A file that is missing for a moment leaves no lists behind.
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * filePoll)
+		write("x")
 		time.Sleep(2 * filePoll)
 		synctest.Wait()
-		if err := k.Current().Revocations.Check(chain, time.Now()); err != nil || k.Status().RevocationError != nil {
-			t.Errorf("after it was mended: %v, status %v", err, k.Status().RevocationError)
+		if err := k.Current().Revocations.Check(chain, time.Now()); !errors.Is(err, ErrUnreadable) {
+			t.Errorf("damaged after it was missing: %v", err)
 		}
+		mend()
 	})
 }
 
