@@ -184,7 +184,7 @@ func (s *Store) run(k *set, from *mesh.RemoteKeys) {
 	k.fetching = nil
 	if err != nil {
 		s.failed.Add(1)
-		k.retry = s.now().Add(max(from.Pause, shortestPause))
+		k.retry = s.now().Add(max(min(from.Pause, from.CacheFor), shortestPause)) // a renewal that fails early must not prevent the one in time
 		if s.log != nil && s.ctx.Err() == nil {
 			s.log.Warn("cannot fetch the keys of tokens", "cluster", from.Service.Cluster, "uri", from.Service.URI, "err", err)
 		}

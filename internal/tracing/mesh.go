@@ -89,7 +89,7 @@ func (e *Exporters) exporter(to *mesh.Receiver) *export.Exporter {
 		return made
 	}
 	if e.closed || !known && len(e.byName) >= maxGone+maxExporters {
-		e.Log.Warn("too many receivers of spans", "target", cluster, "limit", maxGone)
+		e.Log.Warn("too many receivers of spans", "target", cluster, "limit", maxGone+maxExporters)
 		return nil
 	}
 	resource := e.Resource
