@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -239,6 +240,20 @@ func (d *pod) awaitConverged(t *testing.T, p *plane) {
 			return err
 		}
 		return d.sameAsDump(p)
+	})
+}
+
+// awaitGone waits until a change has taken out of the configuration in force what matches pattern. Before istiod has noticed the
+// change, awaitConverged finds no difference.
+func (d *pod) awaitGone(t *testing.T, pattern string) {
+	t.Helper()
+	gone := regexp.MustCompile(pattern)
+	await(t, func() error {
+		dump, err := d.get(adminPort, "config_dump")
+		if err == nil && gone.MatchString(dump) {
+			err = fmt.Errorf("%s is still configured", pattern)
+		}
+		return err
 	})
 }
 

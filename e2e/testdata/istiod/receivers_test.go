@@ -197,7 +197,7 @@ func TestSpansAreAsTelemetryResourcesHaveThem(t *testing.T) {
 	// The ID of a request decides, unless that is turned off.
 	const above, below = "0000270f-0000-4000-8000-000000000000", "00000000-0000-4000-8000-000000000000" // 99.99 % and 0
 	c.plane.apply(forNginx("tracing:", "- randomSamplingPercentage: 50"))
-	c.pods[0].awaitConverged(t, c.plane)
+	c.pods[0].awaitGone(t, `x-tenant`)
 	for range 3 {
 		if err := c.ask(0, "/above", "X-Request-Id", above); err != nil {
 			t.Fatal(err)
@@ -208,7 +208,7 @@ func TestSpansAreAsTelemetryResourcesHaveThem(t *testing.T) {
 	spanned("/ignored", "X-Request-Id", above)
 
 	c.plane.apply(forNginx("tracing:", "- disableSpanReporting: true"))
-	c.pods[0].awaitConverged(t, c.plane)
+	c.pods[0].awaitGone(t, `use_request_id_for_trace_sampling":\s*false`)
 	if err := c.ask(0, "/disabled"); err != nil {
 		t.Fatal(err)
 	}
