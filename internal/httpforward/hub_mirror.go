@@ -34,6 +34,7 @@ func (h *hub) mirrorCall(c *call) {
 // appendHTTP1 appends the head of a whole request as one of HTTP/1, with the edits of its route. It returns nil if HTTP/1 cannot
 // express the request.
 func (h *hub) appendHTTP1(dst []byte, c *call) []byte {
+	h.takePeers(c)
 	h.view(c.stream, &c.sent.Request, c.sent.fields)
 	path, authority := h.routed.Path, h.routed.Authority
 	if c.sent.path != nil {

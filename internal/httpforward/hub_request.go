@@ -120,9 +120,7 @@ func (h *hub) decide(c *call) {
 	}
 	d.record(&c.record)
 	c.lease, c.made = d.Lease, d.Reply
-	if d.Peers != nil {
-		h.Peers = d.Peers
-	}
+	h.takePeers(c)
 	c.began = h.now()
 	if c.retries == 0 {
 		h.takePlan(c)
@@ -139,6 +137,13 @@ func (h *hub) decide(c *call) {
 		return
 	}
 	h.follow(c)
+}
+
+// takePeers lets the heads that follow have the fields of a call's cluster. Others may have been made since the decision.
+func (h *hub) takePeers(c *call) {
+	if p := c.decision.Peers; p != nil {
+		h.Peers = p
+	}
 }
 
 // takePlan takes over what a decision has besides its target.
@@ -203,6 +208,7 @@ func (l *leg) send(c *call) {
 	s.record.Upstream, s.record.UpstreamLocal = l.target.Address, l.conn.LocalAddr()
 	s.record.Security = h.security(l.conn)
 	s.record.Attempts = uint8(min(int(s.record.Attempts)+1, 255))
+	h.takePeers(c)
 	h.view(s, &c.sent.Request, c.sent.fields)
 	if c.sent.path != nil {
 		h.routed.Path = c.sent.path
@@ -294,6 +300,7 @@ func (h *hub) forwardResponse(c *call, end bool, fields []http2.Field, response 
 	c.policy, c.headEnd = nil, c.tryEnd
 	c.moved = h.now()
 	h.squeeze(c.stream)
+	h.takePeers(c)
 	h.recordResponse(c.stream, response.Status, h.now().Sub(c.sentAt), fields)
 	if c.plan != nil {
 		h.view(c.stream, &c.sent.Request, c.sent.fields)

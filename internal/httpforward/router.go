@@ -135,8 +135,8 @@ type Decision struct {
 	Telemetry *flow.Telemetry // of the request's record; nil: that of the connection
 	DryRun    *flow.DryRun    // of the request's record
 
-	// Peers replaces Connection.Peers from this request on, with HTTP/1; nil: it stays. The treatment depends on the
-	// cluster: only those of the mesh receive metadata.
+	// Peers replaces Connection.Peers from this request on, with HTTP/1, or for this request, with Connection.Many; nil: it
+	// stays. The treatment depends on the cluster: only those of the mesh receive metadata.
 	Peers *PeerFields
 
 	// Tried are the endpoints of the attempts before this one, for the Router that chooses the next.
