@@ -67,3 +67,24 @@ func TestPoliciesApplyBeforeRoutes(t *testing.T) {
 	r.Await(t)
 	c.Close()
 }
+
+// The record of a request that was sent again has the verdicts of policies that are not enforced.
+func TestARetriedRequestHasTheVerdictsOfItsPolicies(t *testing.T) {
+	route := to("web")
+	route.Forward.Retry = &mesh.RetryPolicy{On: mesh.Retry5xx, Retries: 1}
+	r := newRouted(t, route)
+	r.cluster("web", nil, 82)
+	attempts := 0
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) {
+		if attempts++; attempts%2 == 1 {
+			w.WriteHeader(503)
+		}
+	})
+	r.enforce(mesh.HTTPFilter{Name: "rbac", RBAC: &mesh.RBAC{ShadowPrefix: "istio_dry_run_allow_", Shadow: &mesh.Rules{Action: mesh.Allow}}})
+	for _, two := range []bool{false, true} {
+		r.asker(t, two).ask(t, "/")
+		if got := r.Await(t); got.Attempts != 2 || got.DryRun != "allow: denied" {
+			t.Errorf("HTTP/2 %v: the record has the verdict %q after %d attempts", two, got.DryRun, got.Attempts)
+		}
+	}
+}

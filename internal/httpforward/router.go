@@ -139,8 +139,11 @@ type Decision struct {
 	// stays. The treatment depends on the cluster: only those of the mesh receive metadata.
 	Peers *PeerFields
 
-	// Tried are the endpoints of the attempts before this one, for the Router that chooses the next.
-	Tried []netip.AddrPort
+	// Tried are the endpoints of the attempts before this one, and Hash what an endpoint is chosen by, for the Router that chooses
+	// the next.
+	Tried  []netip.AddrPort
+	Hash   uint64
+	Hashed bool // Hash is set
 
 	Mirrors []Mirror // where copies of the request go, at most MaxMirrors
 }

@@ -161,6 +161,7 @@ func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.De
 	if hashes(config) {
 		r.pick.Hash, r.pick.Hashed = choice.Cluster.Hash(&r.request)
 	}
+	d.Hash, d.Hashed = r.pick.Hash, r.pick.Hashed
 	r.pick.Retry, r.pick.Avoid, r.pick.Tried = false, nil, nil
 	r.send(s, config, &d)
 	if d.Reply == nil && d.Plan != nil && len(d.Plan.Mirrors) > 0 {
@@ -184,13 +185,17 @@ func hashes(c *mesh.Cluster) bool {
 // again decides about a retry: its cluster stays, and its endpoint is chosen again.
 func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
 	r.view(q) // the bytes of the first attempt are gone, and the authority may decide which server is accepted
-	d := httpforward.Decision{Cluster: q.Previous.Cluster, Route: q.Previous.Route, Plan: q.Previous.Plan}
+	before := q.Previous
+	d := httpforward.Decision{
+		Cluster: before.Cluster, Route: before.Route, Plan: before.Plan, Telemetry: before.Telemetry, DryRun: before.DryRun,
+		Hash: before.Hash, Hashed: before.Hashed, Tried: append(slices.Clip(before.Tried), before.Target.Address),
+	}
 	config := s.Cluster(d.Cluster)
 	if config == nil {
 		d.Reply = noHealthyHost.reply
 		return d
 	}
-	d.Tried = append(slices.Clip(q.Previous.Tried), q.Previous.Target.Address)
+	r.pick.Hash, r.pick.Hashed = d.Hash, d.Hashed // other requests may have been decided about meanwhile
 	r.pick.Retry, r.pick.Avoid, r.pick.Tried, r.pick.Priorities = true, nil, d.Tried, 0
 	if p := d.Plan; p != nil && p.Retry != nil {
 		r.pick.Priorities = p.Retry.OtherPriorities
