@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -546,5 +547,37 @@ func TestHTTP2ConnectionsHaveTheLimitsOfTheirCluster(t *testing.T) {
 				t.Errorf("%s, protocol %v: 6 requests took %d connections, want %d", name, protocol, len(seen), c.want)
 			}
 		}
+	}
+}
+
+// A request does not wait for the names of hosts that get a copy of it.
+func TestARequestDoesNotWaitForTheNamesOfItsMirror(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		route := to("v1")
+		route.Forward.Mirrors = []mesh.Mirror{{Cluster: "mirror", Fraction: mesh.Fraction{Numerator: 1, Denominator: 1}}}
+		r := newRouted(t, route)
+		asked, answered := make(chan bool, 100), make(chan bool)
+		r.lookup = func(ctx context.Context, _ string, _ mesh.DNSFamily) ([]netip.Addr, time.Duration, error) {
+			ctx, cancel := context.WithTimeout(ctx, 4*time.Second) // a request that waits does so for 5 s
+			defer cancel()
+			asked <- true
+			select {
+			case <-answered:
+			case <-ctx.Done():
+				t.Errorf("HTTP/2 %v: the request waits", two)
+			}
+			return nil, 0, errors.New("no such host")
+		}
+		r.serve(t, 82)
+		r.cluster("v1", nil, 82)
+		r.cluster("mirror", func(c *mesh.Cluster) {
+			c.Discovery, c.DNS = mesh.StrictDNS, mesh.DNS{Refresh: time.Hour}
+			c.Hosts = &mesh.Assignment{Localities: []mesh.Locality{{Endpoints: []mesh.Endpoint{{Host: "mirror.test", Port: 83, Weight: 1}}}}}
+		})
+		if got, _ := r.asker(t, two).ask(t, "/"); got != "82" {
+			t.Errorf("port %s", got)
+		}
+		<-asked
+		close(answered)
 	}
 }

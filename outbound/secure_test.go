@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -36,6 +37,7 @@ type meshRig struct {
 	*servetest.Rig
 	authority *securetest.Authority
 	plane     *servetest.Configured
+	lookup    balance.Lookup // of names of hosts; set before the first request that needs it
 }
 
 // newMeshRig configures a cluster whose endpoint must be expected.
@@ -48,6 +50,9 @@ func newMeshRig(t *testing.T, expected string, endpoints ...mesh.Endpoint) *mesh
 		proxy, err := New(Config{
 			Poller: parts.Poller, OwnPorts: servetest.OwnPorts(), OwnAddresses: parts.Addresses, Flows: parts.Flows,
 			Settings: parts.Settings, HTTP: parts.HTTP, Mesh: m.plane, Wait: nettest.Patience,
+			Lookup: func(ctx context.Context, name string, family mesh.DNSFamily) ([]netip.Addr, time.Duration, error) {
+				return m.lookup(ctx, name, family)
+			},
 		})
 		if err != nil {
 			t.Fatal(err)

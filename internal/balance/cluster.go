@@ -152,13 +152,19 @@ const (
 	Resolving         // the names of the hosts are being looked up: see Cluster.Resolved
 )
 
+// Known reports whether the names of the cluster's hosts were looked up. If not, it begins that.
+func (c *Cluster) Known() bool {
+	v := c.view.Load()
+	return v.names == nil || v.names.ready()
+}
+
 // Pick chooses a host.
 func (c *Cluster) Pick(r *Request) (Choice, Failure) {
 	v := c.view.Load()
 	if v.renew != 0 && time.Now().UnixNano() > v.renew {
 		v = c.advance(v)
 	}
-	if v.names != nil && !v.names.ready() {
+	if !c.Known() {
 		return Choice{}, Resolving
 	}
 	m := v.pick(r)

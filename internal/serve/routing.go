@@ -280,6 +280,9 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		if config == nil || len(d.Mirrors) == httpforward.MaxMirrors || !r.request.Drawn(m) {
 			continue
 		}
+		if !r.role.balancer.Cluster(s, config).Known() {
+			continue // a request does not wait for the addresses of hosts that get a copy of it
+		}
 		in := r.upstreamProtocol(config)
 		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
