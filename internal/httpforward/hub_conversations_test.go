@@ -222,6 +222,35 @@ func TestAHubRetriesAtAnotherEndpoint(t *testing.T) {
 	})
 }
 
+// A response that is not forwarded is stopped, unless it has ended: on a closed stream no reset may be sent (RFC 9113 §5.1).
+func TestAHubStopsResponsesThatItRetries(t *testing.T) {
+	o := newOrigin(t)
+	plan := &route.Plan{Retry: retrying(mesh.Retry5xx, 3)}
+	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) { d.Plan, d.Target.Address = plan, o.address }}, plain)
+	client := greetHub(t, r, "")
+	client.sends("POST 1")
+	server := acceptHub(t, o, "")
+	server.reads("POST 1")
+	server.reads("SETTINGS ack")
+	server.sends("HEADERS 1 end :status=503") // before the end of the request
+	server.reads("RST 1 CANCEL")
+	server.reads("POST 3")
+	client.sends("DATA 1 end body")
+	server.reads("DATA 3 end body")
+	server.sends("HEADERS 3 :status=503")
+	server.reads("RST 3 CANCEL")
+	server.reads("POST 5")
+	server.reads("DATA 5 end body")
+	server.sends("HEADERS 5 end :status=503")
+	server.reads("POST 7")
+	server.reads("DATA 7 end body")
+	server.sends("HEADERS 7 end :status=200")
+	client.reads("HEADERS 1 end :status=200")
+	if got := r.records.await(t, 0); got.status != 200 || got.attempts != 4 {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
 func TestTheLastAttemptOfAHubIsForwarded(t *testing.T) {
 	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503); io.WriteString(w, "sorry") })
 	r := newHub(t, origin, &planned{decide: func(_ *Request, d *Decision) { d.Plan = &route.Plan{Retry: retrying(mesh.Retry5xx, 2)} }})

@@ -283,7 +283,7 @@ func (h *hub) fromUpstream(l *leg, id uint32, end bool, fields []http2.Field, wh
 		h.down.sendFields(c.id, false, fields)
 		return nil
 	}
-	if h.retriesResponse(c, response.Status, fields) {
+	if h.retriesResponse(c, response.Status, end, fields) {
 		return nil
 	}
 	if response.RepeatedLength {

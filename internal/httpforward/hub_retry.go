@@ -30,8 +30,9 @@ func (h *hub) failed(c *call, f failure, r *reply, err error) {
 	h.abandon(c, r, r.reason, err)
 }
 
-// retriesResponse begins another attempt if the policy asks for one after a response. Otherwise this is the last.
-func (h *hub) retriesResponse(c *call, status int, fields []http2.Field) bool {
+// retriesResponse begins another attempt if the policy asks for one after a response, of which end is the whole. Otherwise this is
+// the last.
+func (h *hub) retriesResponse(c *call, status int, end bool, fields []http2.Field) bool {
 	if c.policy == nil || !h.repeatable(c) {
 		return false
 	}
@@ -44,7 +45,11 @@ func (h *hub) retriesResponse(c *call, status int, fields []http2.Field) bool {
 		return false
 	}
 	grpc := grpcStatusOf(&h.responded)
-	h.cancel(c, http2.Cancel)
+	if end && c.req.done && c.leg.http1 == nil {
+		h.detach(c) // the stream is closed
+	} else {
+		h.cancel(c, http2.Cancel)
+	}
 	if lease := c.lease; lease != nil {
 		c.lease = nil
 		lease.End(Outcome{Status: status, GRPC: grpc, Reason: flow.Completed, Connected: true, Duration: time.Since(c.began)})
