@@ -581,3 +581,81 @@ func TestARequestDoesNotWaitForTheNamesOfItsMirror(t *testing.T) {
 		close(answered)
 	}
 }
+
+// Beyond the cluster's limit of retries, the client gets what the attempt before has had, as by Envoy. Places are given back.
+func TestARetryBeyondTheLimitIsNotMade(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		route := to("v1")
+		route.Forward.Retry = &mesh.RetryPolicy{On: mesh.Retry5xx | mesh.Retry4xx, Retries: 2}
+		r := newRouted(t, route)
+		arrived, release := make(chan bool, 10), make(chan bool)
+		r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) {
+			switch attempt := q.Header.Get("x-envoy-attempt-count"); {
+			case q.URL.Path == "/again" && attempt == "2":
+				arrived <- true
+				<-release
+			case q.URL.Path == "/long" && attempt == "2":
+				w.(http.Flusher).Flush()
+				arrived <- true
+				<-release
+			case q.URL.Path == "/again", q.URL.Path == "/long":
+				w.WriteHeader(503)
+			default:
+				w.WriteHeader(409)
+				io.WriteString(w, "conflict")
+			}
+		})
+		r.routes.Hosts[0].CountAttempts = true
+		r.cluster("v1", func(c *mesh.Cluster) { c.Breakers.Retries = 1 }, 82)
+		ask := func(path string) (int, string) {
+			response, err := r.asker(t, two).Get("http://web" + path)
+			if err != nil {
+				t.Error(err)
+				return 0, ""
+			}
+			defer response.Body.Close()
+			body, _ := io.ReadAll(response.Body)
+			return response.StatusCode, string(body)
+		}
+		for range 3 { // each gives its place back
+			done := make(chan int, 1)
+			go func() { status, _ := ask("/again"); done <- status }()
+			<-arrived
+			if status, body := ask("/other"); status != 409 || body != "conflict" {
+				t.Errorf("HTTP/2 %v: %d %q beyond the limit", two, status, body)
+			}
+			if got := r.Await(t); got.Attempts != 1 || got.Flags != "UO" || got.Reason != flow.Completed {
+				t.Errorf("HTTP/2 %v: the record beyond the limit is %+v", two, got)
+			}
+			release <- true
+			if status := <-done; status != 200 {
+				t.Errorf("HTTP/2 %v: %d within the limit", two, status)
+			}
+			if got := r.Await(t); got.Attempts != 2 || got.Flags != "" {
+				t.Errorf("HTTP/2 %v: the record within the limit is %+v", two, got)
+			}
+		}
+		done := make(chan int, 1)
+		go func() { status, _ := ask("/long"); done <- status }()
+		<-arrived // its response has begun
+		nettest.Eventually(t, "the place of a response that has begun", func() bool { ask("/other"); return r.Await(t).Flags == "URX" })
+		release <- true
+		if status := <-done; status != 200 {
+			t.Errorf("HTTP/2 %v: %d for a long response", two, status)
+		}
+		r.Await(t)
+		r.cluster("v1", func(c *mesh.Cluster) { c.Breakers.Retries = 1 }, 9)
+		for range 3 {
+			if ask("/"); strings.Contains(r.Await(t).Flags, "UO") {
+				t.Errorf("HTTP/2 %v: a request that got no response keeps its place", two)
+			}
+		}
+		r.cluster("v1", func(c *mesh.Cluster) { c.Breakers.Retries = 0 }, 9)
+		if status, body := ask("/"); status != 503 || !strings.Contains(body, "connection failure") {
+			t.Errorf("HTTP/2 %v: %d %q for a connection that fails", two, status, body)
+		}
+		if got := r.Await(t); got.Flags != "UO,UF" && got.Flags != "UO,UF,URX" {
+			t.Errorf("HTTP/2 %v: the flags are %s", two, got.Flags)
+		}
+	}
+}

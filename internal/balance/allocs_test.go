@@ -17,7 +17,6 @@ func TestAPickDoesNotAllocate(t *testing.T) {
 			r.Hash *= 0x9E3779B185EBCA87
 			choice, _ := b.Cluster(s.Snapshot, config).Pick(&r)
 			choice.Lease.End(ok)
-			r.Retry = !r.Retry
 		}); n != 0 {
 			t.Errorf("policy %d: %v allocations", policy, n)
 		}

@@ -111,7 +111,6 @@ type Request struct {
 	Hashed bool   // Hash is set; otherwise these policies choose at random
 
 	Original netip.AddrPort   // where the connection was going; for OriginalDestination
-	Retry    bool             // of a request that was sent before: counts for the limit of retries
 	Avoid    []netip.AddrPort // hosts that are avoided if there are others
 	Repicks  uint32           // how often a host is chosen again because it is in Avoid, at most
 
@@ -139,6 +138,16 @@ type Queue interface {
 
 	// Go ends a wait that has begun.
 	Go()
+}
+
+// Retrier is a Lease of a request that may be sent again within the limit of its cluster.
+type Retrier interface {
+	// Retry takes a place among the requests that are sent again. It returns false if the cluster permits no more of them. A
+	// request takes it once, from any of its leases, and keeps it until EndRetry, whether or not the lease has ended.
+	Retry() bool
+
+	// EndRetry gives the place back.
+	EndRetry()
 }
 
 // Failure is why no host was chosen.
@@ -222,25 +231,15 @@ func (c *Cluster) reserve(v *view, h *Host, r *Request) Lease {
 		h.start()
 		return (*connection)(h)
 	}
-	if r.Retry && !take(&c.retries, c.retryLimit(&v.config.Breakers)) {
-		c.Stats.RetriesOverflowed.Add(1)
-		return nil
-	}
 	limit := v.requests
 	if r.Kind == HTTP1 {
 		limit = v.queued
 	}
 	if !take(&c.requests, limit) {
 		c.Stats.Overflowed.Add(1)
-		if r.Retry {
-			c.retries.Add(-1)
-		}
 		return nil
 	}
 	h.start()
-	if r.Retry {
-		return (*retry)(h)
-	}
 	return h
 }
 

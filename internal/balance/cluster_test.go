@@ -119,7 +119,6 @@ func TestBreakers(t *testing.T) {
 		"requests of HTTP/2":      {limits(1, 1, 3, 100), Request{Kind: HTTP2}, 3},
 		"connections and pending": {limits(1, 2, 100, 100), Request{}, 3},
 		"connections of TCP":      {limits(2, 100, 100, 100), Request{Kind: TCP}, 2},
-		"retries":                 {limits(100, 100, 100, 1), Request{Retry: true}, 1},
 		"requests that are none":  {limits(100, 100, 0, 100), Request{}, 0},
 		"no limits":               {limits(1<<32-1, 1<<32-1, 1<<32-1, 1<<32-1), Request{}, 20},
 	} {
@@ -146,7 +145,7 @@ func TestBreakers(t *testing.T) {
 			if requests != 0 || connections != 0 || retries != 0 {
 				t.Errorf("%d requests, %d connections, %d retries are left", requests, connections, retries)
 			}
-			if overflowed := cluster.Stats.Overflowed.Load() + cluster.Stats.RetriesOverflowed.Load(); overflowed != uint64(2*(20-c.want)) {
+			if overflowed := cluster.Stats.Overflowed.Load(); overflowed != uint64(2*(20-c.want)) {
 				t.Errorf("%d overflows", overflowed)
 			}
 			for _, h := range cluster.Hosts() {
@@ -158,20 +157,44 @@ func TestBreakers(t *testing.T) {
 	}
 }
 
+// The places of requests that are sent again are limited, and given back.
+func TestRetriesAreLimited(t *testing.T) {
+	_, c, _ := newTest(t, clusterOf(mesh.LeastRequest, func(c *mesh.Cluster) { c.Breakers.Requests, c.Breakers.Retries = 100, 2 }), equal(2))
+	var all [3]Retrier
+	for i := range all {
+		choice := pick(t, c, &Request{})
+		choice.Lease.End(ok) // the place is the request's
+		all[i] = choice.Lease.(Retrier)
+	}
+	if !all[0].Retry() || !all[1].Retry() || all[2].Retry() {
+		t.Error("another number than 2 is sent again")
+	}
+	if n := c.Stats.RetriesOverflowed.Load(); n != 1 {
+		t.Errorf("%d overflows", n)
+	}
+	if all[0].EndRetry(); !all[2].Retry() {
+		t.Error("a free place is not given")
+	}
+	all[1].EndRetry()
+	all[2].EndRetry()
+	if _, _, retries := c.Active(); retries != 0 {
+		t.Errorf("%d retries are left", retries)
+	}
+}
+
 // A budget allows retries in proportion to the requests in progress, and some in any case.
 func TestABudgetOfRetries(t *testing.T) {
-	for inProgress, want := range map[int]int{0: 3, 10: 3, 40: 9} {
+	for inProgress, want := range map[int]int{1: 3, 10: 3, 40: 8} {
 		_, c, _ := newTest(t, clusterOf(mesh.LeastRequest, func(c *mesh.Cluster) {
 			c.Breakers.Retries, c.Breakers.RetryBudget = 0, &mesh.RetryBudget{Percent: 20, AtLeast: 3}
 		}), equal(2))
+		var last Retrier
 		for range inProgress {
-			pick(t, c, &Request{})
+			last = pick(t, c, &Request{}).Lease.(Retrier)
 		}
 		retries := 0
-		for range 20 { // each is one more request in progress
-			if _, failure := c.Pick(&Request{Retry: true}); failure == None {
-				retries++
-			}
+		for last.Retry() {
+			retries++
 		}
 		if retries != want {
 			t.Errorf("%d requests: %d retries at a time, want %d", inProgress, retries, want)
@@ -241,12 +264,12 @@ func TestPicksDuringPushes(t *testing.T) {
 	}
 }
 
-// Requests of HTTP/2 that wait for a stream are counted for the cluster, those of retries too.
+// Requests of HTTP/2 that wait for a stream are counted for the cluster.
 func TestALimitedNumberOfRequestsWaits(t *testing.T) {
 	_, cluster, _ := newTest(t, clusterOf(mesh.LeastRequest, func(c *mesh.Cluster) { c.Breakers = mesh.Breakers{Pending: 2, Requests: 100, Retries: 100} }), equal(2))
 	var queues []Queue
-	for i := range 3 {
-		queues = append(queues, pick(t, cluster, &Request{Kind: HTTP2, Retry: i == 0}).Lease.(Queue))
+	for range 3 {
+		queues = append(queues, pick(t, cluster, &Request{Kind: HTTP2}).Lease.(Queue))
 	}
 	if !queues[0].Wait() || !queues[1].Wait() || queues[2].Wait() || cluster.Stats.Overflowed.Load() != 1 {
 		t.Errorf("another number than 2 waits, %d overflows", cluster.Stats.Overflowed.Load())

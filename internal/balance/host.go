@@ -72,21 +72,18 @@ func (h *Host) Wait() bool {
 // Go implements Queue.
 func (h *Host) Go() { h.cluster.pending.Add(-1) }
 
-// retry is a Host as the lease of a request that was sent before.
-type retry Host
-
-// End ends a request that was sent before.
-func (r *retry) End(o Outcome) {
-	h := (*Host)(r)
-	h.cluster.retries.Add(-1)
-	h.End(o)
+// Retry implements Retrier.
+func (h *Host) Retry() bool {
+	c := h.cluster
+	if !take(&c.retries, c.retryLimit(&c.view.Load().config.Breakers)) {
+		c.Stats.RetriesOverflowed.Add(1)
+		return false
+	}
+	return true
 }
 
-// Wait implements Queue.
-func (r *retry) Wait() bool { return (*Host)(r).Wait() }
-
-// Go implements Queue.
-func (r *retry) Go() { (*Host)(r).Go() }
+// EndRetry implements Retrier.
+func (h *Host) EndRetry() { h.cluster.retries.Add(-1) }
 
 // connection is a Host as the lease of a connection of opaque bytes.
 type connection Host

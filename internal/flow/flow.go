@@ -220,6 +220,7 @@ type Request struct {
 	Upgraded                    bool          // the connection went on as a relay
 	Delayed                     bool          // a fault was injected: the request waited before it was sent
 	Exhausted                   bool          // the last attempt failed in a way that is retried, and no retry was left
+	Overflowed                  bool          // likewise, and as many retries were in progress as the cluster permits
 	GRPCStatus                  []byte        // as received in the response's header or trailers
 	Messages, ResponseMessages  uint64        // of gRPC, over HTTP/2
 	Flags                       string        // Envoy's response flags, if more precise than those of the reason
@@ -406,6 +407,9 @@ func (r *Record) Flags() string {
 	flags := r.ownFlags()
 	if r.HTTP.Exhausted {
 		flags = joinFlags(envoy.FlagUpstreamRetryLimitExceeded, flags)
+	}
+	if r.HTTP.Overflowed {
+		flags = joinFlags(envoy.FlagUpstreamOverflow, flags)
 	}
 	if r.HTTP.Delayed {
 		flags = joinFlags(envoy.FlagDelayInjected, flags)

@@ -245,6 +245,7 @@ func advance(counter, connection *atomic.Uint64, now uint64) {
 // close closes the record. It resets upstream unless the exchange completed and the connection is not cut.
 func (x *exchange) close(reason flow.Reason, err error, end ending) ending {
 	x.endLease(reason)
+	x.place.leave()
 	if len(x.decision.Mirrors) > 0 {
 		x.dropMirrors(reason)
 	}

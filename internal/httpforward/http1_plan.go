@@ -22,6 +22,7 @@ type carried struct {
 	policy    *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left      uint32            // retries
 	retries   int               // so far
+	place     retryPlace        // of all of them
 	began     time.Time         // of the attempt; zero: with the request
 	status    int               // of the attempt's response; 0: it has not arrived
 	grpc      int               // grpc-status of its head; -1: absent

@@ -41,8 +41,17 @@ func (x *exchange) mayRetry(f failure) bool {
 	if !x.repeatable() || !retriesFailure(x.policy, f, untouched) {
 		return false
 	}
+	return x.permitsRetry()
+}
+
+// permitsRetry reports whether an attempt is left, and a place for it. The record has what is not.
+func (x *exchange) permitsRetry() bool {
 	x.http.Exhausted = x.left == 0
-	return x.left > 0
+	if x.left == 0 {
+		return false
+	}
+	x.http.Overflowed = !x.place.take(x.decision.Lease)
+	return !x.http.Overflowed
 }
 
 // repeatable reports whether the request can be sent again: all of it is kept, and downstream got no byte of a response.
@@ -56,13 +65,11 @@ func (x *exchange) repeatable() bool {
 //go:noinline
 func (x *exchange) retriesResponse() bool {
 	x.answer = headFields{&x.responseHead, x.response.in.Bytes()}
-	if x.repeatable() && retriesResponse(x.policy, x.responseHead.Status, &x.answer) {
-		if x.left > 0 {
-			return true
-		}
-		x.http.Exhausted = true
+	if x.repeatable() && retriesResponse(x.policy, x.responseHead.Status, &x.answer) && x.permitsRetry() {
+		return true
 	}
 	x.policy = nil
+	x.place.leave()
 	return false
 }
 

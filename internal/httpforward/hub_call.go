@@ -34,6 +34,7 @@ type call struct {
 	collecting         uint32            // Decision.Collect, of a body that is not collected yet; zero: none
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed
 	left               uint32            // retries
+	place              retryPlace        // of those that were made
 	resends            int               // after refusals of streams that were not processed
 
 	resumeAt time.Time // the end of a delay or of a pause between two attempts; zero: the call is not paused
@@ -344,6 +345,7 @@ func (h *hub) finish(c *call, reason flow.Reason, err error) {
 	c.stopAsking()
 	h.detach(c)
 	c.endLease(reason)
+	c.place.leave()
 	h.dropMirrors(c)
 	h.streams.remove(c.stream)
 	c.closed = true

@@ -112,6 +112,7 @@ func (h *hub) closeAll(reason flow.Reason, err error) {
 		s.setFailure(reason, err)
 		c.stopAsking()
 		h.cancel(c, http2.Cancel)
+		c.place.leave()
 		h.dropMirrors(c)
 		h.streams.remove(s)
 		c.closed = true

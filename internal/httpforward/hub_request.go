@@ -298,6 +298,7 @@ func (h *hub) forwardResponse(c *call, end bool, fields []http2.Field, response 
 		return http2.MessageError(c.upID, http2.LengthMismatch)
 	}
 	c.policy, c.headEnd = nil, c.tryEnd
+	c.place.leave()
 	c.moved = h.now()
 	h.squeeze(c.stream)
 	h.takePeers(c)

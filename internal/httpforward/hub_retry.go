@@ -17,15 +17,22 @@ func (h *hub) repeatable(c *call) bool {
 	return c.req.keep && !c.begun && !c.replied && c.interim == 0
 }
 
+// permitsRetry reports whether an attempt is left, and a place for it. The record has what is not.
+func (c *call) permitsRetry() bool {
+	c.http.Exhausted = c.left == 0
+	if c.left == 0 {
+		return false
+	}
+	c.http.Overflowed = !c.place.take(c.lease)
+	return !c.http.Overflowed
+}
+
 // failed goes on after an attempt that got no response: with the next attempt, or with the reply. The call has left its leg.
 func (h *hub) failed(c *call, f failure, r *reply, err error) {
 	untouched := c.sentAt.IsZero()
-	if c.policy != nil && h.repeatable(c) && retriesFailure(c.policy, f, untouched) {
-		if c.left > 0 {
-			h.retry(c, r.reason)
-			return
-		}
-		c.http.Exhausted = true
+	if c.policy != nil && h.repeatable(c) && retriesFailure(c.policy, f, untouched) && c.permitsRetry() {
+		h.retry(c, r.reason)
+		return
 	}
 	h.abandon(c, r, r.reason, err)
 }
@@ -37,11 +44,7 @@ func (h *hub) retriesResponse(c *call, status int, end bool, fields []http2.Fiel
 		return false
 	}
 	h.responded = ofBlock(fields)
-	if !retriesResponse(c.policy, status, &h.responded) {
-		return false
-	}
-	if c.left == 0 {
-		c.http.Exhausted = true
+	if !retriesResponse(c.policy, status, &h.responded) || !c.permitsRetry() {
 		return false
 	}
 	grpc := grpcStatusOf(&h.responded)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/balance"
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/route"
@@ -14,6 +15,30 @@ import (
 
 // maxKept is how much of a request is kept for a retry or a copy. Envoy's default limit of a request's buffer is the same.
 const maxKept = 1 << 20
+
+// retryPlace is the place of a request among those of its cluster that are sent again. The zero value is none.
+type retryPlace struct{ at balance.Retrier }
+
+// take reports whether the cluster of an attempt permits another one. The place is kept for those that follow.
+func (p *retryPlace) take(l Lease) bool {
+	limited, ok := l.(balance.Retrier)
+	switch {
+	case !ok || p.at != nil:
+		return true
+	case !limited.Retry():
+		return false
+	}
+	p.at = limited
+	return true
+}
+
+// leave gives the place back.
+func (p *retryPlace) leave() {
+	if p.at != nil {
+		p.at.EndRetry()
+		p.at = nil
+	}
+}
 
 // failure is how an attempt failed before the head of a response.
 type failure uint8

@@ -162,7 +162,7 @@ func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.De
 		r.pick.Hash, r.pick.Hashed = choice.Cluster.Hash(&r.request)
 	}
 	d.Hash, d.Hashed = r.pick.Hash, r.pick.Hashed
-	r.pick.Retry, r.pick.Avoid, r.pick.Tried = false, nil, nil
+	r.pick.Avoid, r.pick.Tried = nil, nil
 	r.send(s, config, &d)
 	if d.Reply == nil && d.Plan != nil && len(d.Plan.Mirrors) > 0 {
 		r.mirror(s, &d)
@@ -196,7 +196,7 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 		return d
 	}
 	r.pick.Hash, r.pick.Hashed = d.Hash, d.Hashed // other requests may have been decided about meanwhile
-	r.pick.Retry, r.pick.Avoid, r.pick.Tried, r.pick.Priorities = true, nil, d.Tried, 0
+	r.pick.Avoid, r.pick.Tried, r.pick.Priorities = nil, d.Tried, 0
 	if p := d.Plan; p != nil && p.Retry != nil {
 		r.pick.Priorities = p.Retry.OtherPriorities
 		if p.Retry.OtherHosts {
