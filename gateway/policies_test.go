@@ -230,7 +230,7 @@ func TestAPolicyOfAGatewayCountsForOpenConnections(t *testing.T) {
 	if n, err := other.Read(make([]byte, 1)); n != 0 || !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a new connection: %d bytes, %v; want a reset", n, err)
 	}
-	if record := r.Await(t); record.Reason != flow.PolicyDenied || record.Explanation != deniedByAll {
+	if record := r.Await(t); record.Reason != flow.PolicyDenied || record.Explanation != deniedByAll || record.Termination != "rbac_access_denied_matched_policy[p]" {
 		t.Errorf("a new connection ends by %v", record.Reason)
 	}
 	conn.Close()
@@ -402,7 +402,7 @@ func TestAPolicyOfAGatewayEndsConnectionsOfBytes(t *testing.T) {
 	servetest.Expect(t, server, "goes on")
 	r.listen(bytes(mesh.NetworkFilter{Name: "rbac", RBAC: deny(anything, anything).RBAC}))
 	servetest.ExpectEnd(t, conn, syscall.ECONNRESET)
-	if got := r.Await(t); got.Reason != flow.PolicyDenied || got.Explanation != deniedByAll {
+	if got := r.Await(t); got.Reason != flow.PolicyDenied || got.Explanation != deniedByAll || got.Termination != "rbac_access_denied_matched_policy[p]" {
 		t.Errorf("the record is %+v", got)
 	}
 }

@@ -168,35 +168,6 @@ func TestAServerDecidesByHTTP(t *testing.T) {
 	c.Close()
 }
 
-// A server that cannot be asked allows nothing, unless that is configured. One that does not answer in time is such a server.
-func TestAServerThatIsAwayAllowsNothing(t *testing.T) {
-	m := newMeshRig(t, "STRICT, HTTP")
-	release := make(chan struct{})
-	silent := listenLocally(t, func(w http.ResponseWriter, r *http.Request) { <-release })
-	defer close(release)
-	for name, c := range map[string]struct {
-		cluster string
-		open    bool
-		status  int
-	}{
-		"no cluster":         {"none", false, 403},
-		"silent":             {"silent", false, 403},
-		"silent, fails open": {"silent", true, 200},
-		"nobody":             {"nobody", false, 403},
-		"nobody, fails open": {"nobody", true, 200},
-	} {
-		m.configure(t, "STRICT, HTTP", custom(&mesh.ExtAuthz{
-			AllowFailure: c.open, GRPC: &mesh.GRPCService{Cluster: c.cluster, Timeout: 50 * time.Millisecond},
-		}), nil, map[string]netip.AddrPort{"silent": silent, "nobody": netip.MustParseAddrPort("127.0.0.1:1")})
-		conn := m.connect(t, 81)
-		if response, _ := conn.ask(t, "/admin", ""); response.StatusCode != c.status {
-			t.Errorf("%s: %d, want %d", name, response.StatusCode, c.status)
-		}
-		m.Await(t)
-		conn.Close()
-	}
-}
-
 // A request that waits for an answer holds back no other one, and its client may leave.
 func TestAWaitingRequestHoldsOnlyItself(t *testing.T) {
 	m := newMeshRig(t, "STRICT, HTTP")
@@ -401,8 +372,8 @@ func TestAChangedPolicyEndsConnections(t *testing.T) {
 	if _, err := conn.Read(make([]byte, 1)); err == nil {
 		t.Error("the connection goes on")
 	}
-	if got := m.Await(t); got.Reason != flow.PolicyDenied {
-		t.Errorf("the record has %v, %v", got.Reason, got.Err)
+	if got := m.Await(t); got.Reason != flow.PolicyDenied || got.Termination != "rbac_access_denied_matched_policy["+policyName+"]" {
+		t.Errorf("the record has %v, %v, %s", got.Reason, got.Err, got.Termination)
 	}
 	workload.Close()
 	conn.Close()

@@ -36,9 +36,11 @@ var (
 // rbac returns a policy with one rule.
 func rbac(action mesh.Action, permission, principal mesh.Condition) *mesh.RBAC {
 	return &mesh.RBAC{Rules: &mesh.Rules{Action: action, Policies: []mesh.AccessPolicy{{
-		Name: "ns[shop]-policy[p]-rule[0]", Permission: permission, Principal: principal,
+		Name: policyName, Permission: permission, Principal: principal,
 	}}}}
 }
+
+const policyName = "ns[shop]-policy[p]-rule[0]"
 
 // enforce puts policies into all chains of a mode, in which they replace those of before.
 func (m *meshRig) enforce(t *testing.T, mode string, policies ...*mesh.RBAC) {
@@ -76,17 +78,18 @@ func TestPoliciesOfConnections(t *testing.T) {
 	for name, c := range map[string]struct {
 		policy       *mesh.RBAC
 		plain, known bool // which clients pass
+		by           string
 	}{
-		"no policy":                    {nil, true, true},
-		"no rules":                     {&mesh.RBAC{}, true, true},
-		"all are denied":               {&mesh.RBAC{Rules: &mesh.Rules{}}, false, false},
-		"the client is allowed":        {rbac(mesh.Allow, anything, ofClient), false, true},
-		"another one is allowed":       {rbac(mesh.Allow, anything, ofOthers), false, false},
-		"the client is denied":         {rbac(mesh.Deny, anything, ofClient), true, false},
-		"what is not the client":       {rbac(mesh.Deny, anything, mesh.Condition{Kind: mesh.ConditionNot, Of: []mesh.Condition{ofClient}}), false, true},
-		"a path, which is not known":   {rbac(mesh.Deny, ofAdmin, anything), false, false},
-		"it is only logged":            {rbac(mesh.Log, anything, anything), true, true},
-		"the policy is not understood": {&mesh.RBAC{Refused: true}, false, false},
+		"no policy":                    {nil, true, true, ""},
+		"no rules":                     {&mesh.RBAC{}, true, true, ""},
+		"all are denied":               {&mesh.RBAC{Rules: &mesh.Rules{}}, false, false, "none"},
+		"the client is allowed":        {rbac(mesh.Allow, anything, ofClient), false, true, "none"},
+		"another one is allowed":       {rbac(mesh.Allow, anything, ofOthers), false, false, "none"},
+		"the client is denied":         {rbac(mesh.Deny, anything, ofClient), true, false, policyName},
+		"what is not the client":       {rbac(mesh.Deny, anything, mesh.Condition{Kind: mesh.ConditionNot, Of: []mesh.Condition{ofClient}}), false, true, policyName},
+		"a path, which is not known":   {rbac(mesh.Deny, ofAdmin, anything), false, false, policyName},
+		"it is only logged":            {rbac(mesh.Log, anything, anything), true, true, ""},
+		"the policy is not understood": {&mesh.RBAC{Refused: true}, false, false, "none"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newDelayedMeshRig(t, "PERMISSIVE, TCP", nettest.Patience) // nothing is dialled before the client speaks
@@ -115,6 +118,9 @@ func TestPoliciesOfConnections(t *testing.T) {
 				got := m.Await(t)
 				if denied := got.Reason == flow.PolicyDenied; denied == passes || !passes && err == nil {
 					t.Errorf("secured %v: passes %v; the record has %v, %v; the client %v", secured, passes, got.Reason, got.Err, err)
+				}
+				if want := "rbac_access_denied_matched_policy[" + c.by + "]"; got.Termination != want && !passes || got.Termination != "" && passes {
+					t.Errorf("secured %v: passes %v; its details are %q, want %q", secured, passes, got.Termination, want)
 				}
 				select {
 				case <-dialled:

@@ -77,6 +77,7 @@ const (
 	verbStatus
 	verbFlags
 	verbDetails
+	verbTermination
 	verbMissing // a value of Envoy's that pillion never has
 	verbTransportFailure
 	verbReceived
@@ -174,7 +175,7 @@ var operators = func() []operator {
 		{"RESPONSE_CODE", takesNone, piece{does: verbStatus, number: true}},
 		{"RESPONSE_FLAGS", takesNone, piece{does: verbFlags}},
 		{"RESPONSE_CODE_DETAILS", takesNone, piece{does: verbDetails}},
-		{"CONNECTION_TERMINATION_DETAILS", takesNone, piece{does: verbMissing}},
+		{"CONNECTION_TERMINATION_DETAILS", takesNone, piece{does: verbTermination}},
 		{"UPSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbTransportFailure}},
 		{"DOWNSTREAM_TRANSPORT_FAILURE_REASON", takesNone, piece{does: verbDownstreamFailure}},
 		{"FILTER_STATE", takesState, piece{does: verbWorkload}},

@@ -147,6 +147,8 @@ func (p *piece) value(dst []byte, l *line, r *flow.Record, lasted time.Duration)
 		return append(dst, '-'), true // also in JSON: Envoy's value without flags
 	case verbDetails:
 		return orMissing(p, dst, r.Details())
+	case verbTermination:
+		return orMissing(p, dst, r.TerminationDetails())
 	case verbTransportFailure:
 		return appendFailure(p, dst, r.TransportFailure)
 	case verbReceived:

@@ -118,6 +118,17 @@ var stories = []struct {
 		r.Received.Store(0)
 		r.Sent.Store(0)
 	})},
+	{"denied by a policy", story(connection(flow.Inbound, flow.Opaque, flow.PolicyDenied), func(r *flow.Record) {
+		r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}
+		r.SetDenial("", envoy.DeniedByPolicy("ns[shop]-policy[p]-rule[0]"))
+	})},
+	{"denied by a server of external authorization", story(connection(flow.Inbound, flow.Opaque, flow.PolicyDenied), func(r *flow.Record) {
+		r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}
+		r.SetDenial("UAEX", "ext_authz_denied")
+	})},
+	{"a request denied by a policy", story(request(flow.Inbound, flow.PolicyDenied), func(r *flow.Record) {
+		r.HTTP.Status, r.HTTP.ServiceTime, r.HTTP.Details = 403, 0, envoy.DeniedByPolicy("")
+	})},
 	{"not redirected", story(connection(flow.Inbound, flow.Opaque, flow.NoOriginalDestination), func(r *flow.Record) {
 		r.OriginalDestination, r.Upstream, r.UpstreamLocal = netip.AddrPort{}, netip.AddrPort{}, netip.AddrPort{}
 		r.Cluster = ""

@@ -73,6 +73,7 @@ var attributes = map[string]*attribute{
 	"connection.uri_san_local_certificate": {of: func(m *machine, r *flow.Record) value {
 		return m.ofTLS(downstream(r), func(s *flow.Security) string { return s.Own })
 	}},
+	"connection.termination_details":      {of: func(m *machine, r *flow.Record) value { return m.nonEmpty(r.TerminationDetails()) }},
 	"connection.transport_failure_reason": {of: func(m *machine, r *flow.Record) value { return m.nonEmpty(r.DownstreamFailure()) }},
 
 	"source.address":      {of: func(m *machine, r *flow.Record) value { return m.address(r.Downstream) }},

@@ -38,6 +38,7 @@ func connection() *flow.Record {
 	r := flow.Open(flow.Outbound, netip.MustParseAddrPort("198.51.100.1:61751"))
 	r.OriginalDestination = netip.MustParseAddrPort("[2001:db8::1]:5432")
 	r.TransportFailure = "connect_timeout"
+	r.SetDenial("", "rbac_access_denied_matched_policy[p]")
 	return r
 }
 
@@ -97,7 +98,8 @@ func TestExpressionsSelectRecords(t *testing.T) {
 		"filter_state.downstream_peer.workload == 'client-v1' && filter_state['downstream_peer'].namespace == 'shop'": {true, false},
 		"has(filter_state.upstream_peer.app)":                                                                         {false, false},
 		"response.code >= 400 ? connection.mtls : true":                                                               {true, false},
-		"true":                             {true, true},
+		"true": {true, true},
+		"connection.termination_details.endsWith('[p]')": {false, true},
 		"response.code":                    {false, false}, // no truth value
 		"'a' < 1":                          {false, false},
 		"size(request.method) == 3":        {true, false},

@@ -92,14 +92,19 @@ func ResetAfterResponse(reset string) string { return resetAfter + underscored(r
 // search for Envoy's words still finds them.
 func WithRule(details, rule string) string { return details + "{" + underscored(rule) + "}" }
 
-// DeniedByPolicy returns the details of a request that an authorization policy denies. An empty name is of none: no policy
-// allowed it.
+const deniedByPolicy = "rbac_access_denied_matched_policy["
+
+// DeniedByPolicy returns the details of a connection or a request that an authorization policy denies. An empty name is of
+// none: no policy allowed it.
 func DeniedByPolicy(name string) string {
 	if name == "" {
-		return "rbac_access_denied_matched_policy[none]"
+		return deniedByPolicy + "none]"
 	}
-	return "rbac_access_denied_matched_policy[" + name + "]"
+	return deniedByPolicy + name + "]"
 }
+
+// IsDenial reports whether details came from DeniedByPolicy.
+func IsDenial(details string) bool { return strings.HasPrefix(details, deniedByPolicy) }
 
 // ProtocolErrorBeforeResponse and ProtocolErrorAfterResponse return the details of an upstream whose response breaks a
 // rule.

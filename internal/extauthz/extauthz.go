@@ -168,6 +168,14 @@ const (
 	detailsError     = "ext_authz_error"
 )
 
+// DetailsOf returns Envoy's response_code_details of a denial: by a server, or because it could not be asked.
+func DetailsOf(failed bool) string {
+	if failed {
+		return detailsError
+	}
+	return detailsDenied
+}
+
 // denied returns the answer of a server that denies a request.
 func denied(status int, body string, fields []route.Field) *Answer {
 	return &Answer{Denied: true, Reply: &route.Reply{

@@ -280,6 +280,14 @@ func (r *Record) SetDryRun(d *DryRun) {
 	r.HTTP = &own
 }
 
+// SetDenial records how Envoy reports that a policy denies the connection: with response flags, and with details. Call it when no
+// table lists the record, or after Ask and before the connection is carried.
+func (r *Record) SetDenial(flags, details string) {
+	own := *r.HTTP // shared with other connections
+	own.Flags, own.Details = flags, details
+	r.HTTP = &own
+}
+
 // String returns the verdicts in their order, such as "deny: denied by ns[shop]-policy[p]-rule[0]", without those of external
 // authorization. d may be nil.
 func (d *DryRun) String() string {
@@ -439,15 +447,28 @@ func (r *Record) ownFlags() string {
 	return e.Flags
 }
 
-// Details returns Envoy's response_code_details, such as "via_upstream"; empty for a connection.
+// Details returns Envoy's response_code_details, such as "via_upstream". A connection has none, unless a server of external
+// authorization denies it.
 func (r *Record) Details() string {
-	if r.HTTP.Details != "" || !r.IsRequest() {
+	switch {
+	case r.TerminationDetails() != "":
+		return ""
+	case r.HTTP.Details != "" || !r.IsRequest():
 		return r.HTTP.Details
 	}
 	if e := explanations[r.Reason]; e != nil {
 		return e.Details
 	}
 	return ""
+}
+
+// TerminationDetails returns Envoy's connection_termination_details, which name the policy that denies a connection; empty: none
+// does.
+func (r *Record) TerminationDetails() string {
+	if r.IsRequest() || !envoy.IsDenial(r.HTTP.Details) {
+		return ""
+	}
+	return r.HTTP.Details
 }
 
 // noRequest stands for the request in the record of a connection. A Request of its own would take 288 bytes of each.

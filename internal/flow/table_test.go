@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+
+	"github.com/pillion-proxy/pillion/internal/envoy"
 )
 
 var downstream = netip.MustParseAddrPort("198.51.100.2:4711")
@@ -140,6 +142,9 @@ func TestFlagsAndDetails(t *testing.T) {
 		{reason: Completed, request: true, details: "via_upstream", wantDetails: "via_upstream"},
 		{reason: DrainDeadline, request: true, details: "via_upstream", wantFlags: "LR", wantDetails: "via_upstream"},
 		{reason: Loop, wantFlags: "UH"},
+		{reason: PolicyDenied, flags: "UAEX", details: "ext_authz_error", wantFlags: "UAEX", wantDetails: "ext_authz_error"},
+		{reason: PolicyDenied, details: envoy.DeniedByPolicy("p")}, // its TerminationDetails
+		{reason: PolicyDenied, request: true, details: envoy.DeniedByPolicy("p"), wantDetails: envoy.DeniedByPolicy("p")},
 		{reason: Closed},
 	} {
 		r := Open(Outbound, downstream)
@@ -153,6 +158,9 @@ func TestFlagsAndDetails(t *testing.T) {
 		r.Close(NewTable(), c.reason, nil)
 		if r.Flags() != c.wantFlags || r.Details() != c.wantDetails {
 			t.Errorf("%+v: %q, %q", c, r.Flags(), r.Details())
+		}
+		if got := r.TerminationDetails(); (got != "") != (!c.request && envoy.IsDenial(c.details)) || got != "" && got != c.details {
+			t.Errorf("%+v: its termination details are %q", c, got)
 		}
 		if c.request && r.Connection.Requests.Load() != 1 {
 			t.Errorf("%s: the connection counts %d requests", c.reason, r.Connection.Requests.Load())

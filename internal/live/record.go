@@ -1,6 +1,7 @@
 package live
 
 import (
+	"cmp"
 	"net/netip"
 	"sync"
 	"time"
@@ -26,7 +27,7 @@ type Record struct {
 	Status      int       `json:"status,omitempty"`     // of the response to downstream
 	GRPCStatus  string    `json:"grpcStatus,omitempty"` // as received
 	Flags       string    `json:"flags,omitempty"`      // Envoy's response flags
-	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details
+	Details     string    `json:"details,omitempty"`    // Envoy's response_code_details, or connection_termination_details
 	DryRun      string    `json:"dryRun,omitempty"`     // what policies that are not enforced would do
 	Policies    string    `json:"policies,omitempty"`   // why they deny it, a line for each, if a reader followed records then
 	Reason      string    `json:"reason"`               // a flow.Reason
@@ -108,7 +109,7 @@ func (e *entry) fill(r *flow.Record) {
 	if !e.destination.IsValid() {
 		e.destination = connection.OriginalDestination
 	}
-	e.status, e.flags, e.details = h.Status, r.Flags(), r.Details()
+	e.status, e.flags, e.details = h.Status, r.Flags(), cmp.Or(r.Details(), r.TerminationDetails())
 	e.reason, e.failure, e.sni = r.Reason, r.TransportFailure, connection.TLS().ServerName
 	e.cluster, e.route, e.dryRun = r.Cluster, r.Route, h.DryRun
 	e.duration, e.service = r.Duration, h.ServiceTime

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/authz"
+	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -82,11 +83,18 @@ func (a *accepted) isBarred(s *mesh.Snapshot) bool {
 // deniedByPolicy reports whether a policy of connections in force denies the connection.
 func (a *accepted) deniedByPolicy() bool { return a.gone() && a.denied }
 
-// explain explains that a policy of connections denies the connection.
-func (a *accepted) explain(l *shadows) {
-	if chain := a.role.mesh.Snapshot().GatewayChain(&a.info); chain != nil {
-		l.explain(a.role, a.subject, chain.Policies...)
+// explain explains that a policy of connections denies the connection, and returns Envoy's details of that.
+func (a *accepted) explain(l *shadows) (details string) {
+	chain := a.role.mesh.Snapshot().GatewayChain(&a.info)
+	if chain == nil {
+		return ""
 	}
+	l.explain(a.role, a.subject, chain.Policies...)
+	policy, denied := authorize(chain.Policies, a.subject)
+	if !denied {
+		return "" // a push has changed it meanwhile
+	}
+	return envoy.DeniedByPolicy(policy)
 }
 
 // late reports whether a connection whose listener is removed follows it no longer.

@@ -331,7 +331,7 @@ func (c *Conn) relay() {
 		PaceUp:           relay.NewPace(c.rate),
 	}
 	c.limits(&options)
-	var explain func(*shadows) // with options.Denied
+	var explain func(*shadows) (details string) // with options.Denied
 	if c.governed != nil && c.role.direction == flow.Inbound {
 		judge := c.rejudge()
 		options.Retired, options.Retirement = judge.denied, opaqueRetirement

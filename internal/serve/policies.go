@@ -11,6 +11,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/authz"
 	"github.com/pillion-proxy/pillion/internal/envoy"
+	"github.com/pillion-proxy/pillion/internal/extauthz"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/jwt"
@@ -37,6 +38,7 @@ func (c *Conn) Authorize() bool {
 	subject := c.subject()
 	policy, denied := authorize(g.chain.Policies, &subject)
 	if c.recordVerdicts(g.chain.Policies, &subject, denied); denied {
+		c.Record.SetDenial("", envoy.DeniedByPolicy(policy))
 		return c.abandon(flow.PolicyDenied, deniedBy(policy))
 	}
 	if g.asked == g.chain && g.askedSecured == g.secured {
@@ -65,12 +67,13 @@ func (c *Conn) recordVerdicts(policies []mesh.NetworkFilter, s *authz.Subject, d
 
 // explainDenial explains the denial of a connection that was carried. The connection leaves the table first, because its
 // readers read the record.
-func (c *Conn) explainDenial(explain func(*shadows)) {
+func (c *Conn) explainDenial(explain func(*shadows) (details string)) {
 	var l shadows
-	if explain(&l); l.denial == "" {
+	details := explain(&l)
+	c.role.flows.Leave(c.Record)
+	if c.Record.SetDenial("", details); l.denial == "" {
 		return
 	}
-	c.role.flows.Leave(c.Record)
 	verdict := l.dryRun()
 	verdict.Next = c.Record.HTTP.DryRun
 	c.Record.SetDryRun(verdict)
@@ -100,6 +103,7 @@ func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
 		case !ok:
 			return c.abandon(flow.DownstreamLeft, denial)
 		case denial != nil:
+			c.Record.SetDenial(extauthz.FlagUnauthorized, extauthz.DetailsOf(denial != errDeniedByServer))
 			return c.abandon(flow.PolicyDenied, denial)
 		}
 	}

@@ -127,11 +127,13 @@ func (r *rejudge) deniedByPolicy() bool {
 	return r.refusal != nil && r.refusal.Reason == flow.PolicyDenied
 }
 
-// explain explains that a policy of connections denies the connection.
-func (r *rejudge) explain(l *shadows) {
-	if r.refusal != nil && r.refusal.Reason == flow.PolicyDenied {
-		l.explain(r.role, &r.gate.subject, r.chain.Policies...)
+// explain explains that a policy of connections denies the connection, and returns Envoy's details of that.
+func (r *rejudge) explain(l *shadows) (details string) {
+	if r.refusal == nil || r.refusal.Reason != flow.PolicyDenied {
+		return ""
 	}
+	l.explain(r.role, &r.gate.subject, r.chain.Policies...)
+	return r.refusal.Details
 }
 
 var errDeniedLater = errors.New("a policy that has changed since the connection began denies it")

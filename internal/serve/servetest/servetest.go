@@ -86,7 +86,8 @@ type Ended struct {
 	Received, Sent                                         uint64
 	Attempts                                               uint8
 	Cluster, Route, Flags                                  string
-	Details                                                string // of a request
+	Details                                                string // of a request, or of a connection that is denied
+	Termination                                            string // Envoy's connection_termination_details
 	ServerName                                             string
 	DryRun                                                 string
 	Explanation                                            string // of a denial, with Follow
@@ -104,7 +105,7 @@ func (r *Rig) Closed(record *flow.Record) {
 	r.records <- Ended{
 		record.IsRequest(), record.Direction, record.Protocol, record.Reason, record.Err, record.Downstream, record.OriginalDestination,
 		record.Upstream, record.UpstreamLocal, record.TransportFailure, record.Peer(), record.Received.Load(), record.Sent.Load(),
-		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.ServerName(), dry, why,
+		record.Attempts, record.Cluster, record.Route, record.Flags(), details, record.TerminationDetails(), record.ServerName(), dry, why,
 	}
 }
 
