@@ -135,6 +135,7 @@ var (
 	errRefused         = errors.New("the cluster is not supported, or the transport to its endpoint")
 	errNoEndpoint      = errors.New("the cluster has no healthy endpoint")
 	errOverflow        = errors.New("a limit of the cluster is reached")
+	errSwitches        = errors.New("the server switches protocols, which it was not asked for")
 )
 
 // RoundTrip implements http.RoundTripper.
@@ -217,7 +218,12 @@ func (t *toCluster) sendTo(to *balance.Choice, config *mesh.Cluster, http2 bool,
 	}
 	own := r.Clone(r.Context())
 	own.URL.Scheme, own.URL.Host = "http", to.Address.String()
-	return t.transport(key).RoundTrip(own)
+	response, err := t.transport(key).RoundTrip(own)
+	if err == nil && response.StatusCode < http.StatusOK { // its body would be the connection, which outlives the context
+		response.Body.Close()
+		return nil, errSwitches
+	}
+	return response, err
 }
 
 const (
