@@ -1,11 +1,14 @@
 package outbound
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,4 +90,106 @@ func TestARetriedRequestHasTheVerdictsOfItsPolicies(t *testing.T) {
 			t.Errorf("HTTP/2 %v: the record has the verdict %q after %d attempts", two, got.DryRun, got.Attempts)
 		}
 	}
+}
+
+// A server of external authorization that is asked about outbound requests sees their bodies as far as it is configured, over both
+// versions of HTTP. The server of an allowed request gets the same bytes as without it, and no other request.
+func TestAServerSeesTheBodiesOfOutboundRequests(t *testing.T) {
+	r := newRouted(t, to("web"))
+	r.cluster("web", nil, 82)
+	var arrived, asked atomic.Int32
+	r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) {
+		arrived.Add(1)
+		body, err := io.ReadAll(q.Body)
+		if err != nil || q.Header.Get("X-Role") != "from the checker" {
+			t.Errorf("the server reads %d bytes, %v, role %q", len(body), err, q.Header.Get("X-Role"))
+		}
+		w.Write(body)
+	})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const limit = 1000
+	checker := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		asked.Add(1)
+		w.Header().Set("X-Role", "from the checker")
+		body, err := io.ReadAll(q.Body)
+		partial := ""
+		if len(body) > 0 {
+			partial = fmt.Sprint(string(body) == strings.Repeat("b", limit))
+		}
+		switch {
+		case err != nil, q.Header.Get("X-Envoy-Auth-Partial-Body") != partial:
+			w.WriteHeader(http.StatusTeapot)
+		case strings.Contains(string(body), "evil"):
+			w.WriteHeader(http.StatusForbidden)
+		}
+	})}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		checker.Serve(l)
+	}()
+	t.Cleanup(func() { checker.Close(); <-served })
+	r.push(func(e *mesh.Edit) {
+		e.SetCluster("checker", &mesh.Cluster{
+			Name: "checker", Discovery: mesh.Static, Breakers: unlimited, ConnectTimeout: nettest.Patience,
+			Hosts: &mesh.Assignment{Localities: []mesh.Locality{{Endpoints: []mesh.Endpoint{{Address: l.Addr().(*net.TCPAddr).AddrPort(), Weight: 1}}}}},
+		})
+	})
+	ask := func(body *mesh.AuthzBody) {
+		r.enforce(mesh.HTTPFilter{Name: "authz", ExtAuthz: &mesh.ExtAuthz{
+			Enabled: mesh.Fraction{Numerator: 1, Denominator: 1}, StatusOnError: 503, Body: body,
+			HTTP: &mesh.HTTPAuthz{
+				Service:  mesh.HTTPService{Cluster: "checker", Timeout: nettest.Patience},
+				Upstream: []mesh.StringMatcher{{Text: "x-role"}},
+			},
+		}})
+	}
+	ask(nil)
+	for _, http2 := range []bool{false, true} {
+		client := r.twoClient(t)
+		if !http2 {
+			transport := &http.Transport{DialContext: r.dialContext()}
+			t.Cleanup(transport.CloseIdleConnections)
+			client = &http.Client{Transport: transport}
+		}
+		client.Timeout = nettest.Patience
+		for _, partial := range []bool{false, true} {
+			ask(&mesh.AuthzBody{MaxBytes: limit, AllowPartial: partial}) // the same connection goes on
+			for body, want := range map[string]int{
+				"": 200, "good": 200, "evil": 403, strings.Repeat("a", limit): 200,
+				strings.Repeat("b", 200*limit): map[bool]int{false: 413, true: 200}[partial],
+			} {
+				for _, known := range []bool{false, true} {
+					about := fmt.Sprintf("%d bytes, HTTP/2 %v, in part %v, length known %v", len(body), http2, partial, known)
+					var content io.Reader = strings.NewReader(body)
+					if !known {
+						content = io.MultiReader(content)
+					}
+					arrived.Store(0)
+					asked.Store(0)
+					response, err := client.Post("http://web/", "text/plain", content)
+					if err != nil {
+						t.Fatalf("%s: %v", about, err)
+					}
+					got, err := io.ReadAll(response.Body)
+					response.Body.Close()
+					if response.StatusCode != want || err != nil || want == 200 && string(got) != body {
+						t.Errorf("%s: %d, %d bytes, %v; want %d", about, response.StatusCode, len(got), err, want)
+					}
+					record := r.Await(t)
+					if n := asked.Load(); (n == 1) != (want != 413) || (arrived.Load() == 1) != (want == 200) || (record.Reason == flow.PolicyDenied) != (want != 200) {
+						t.Errorf("%s: asked %d times, arrived %d times, %v, %s", about, n, arrived.Load(), record.Reason, record.Details)
+					}
+				}
+			}
+		}
+	}
+}
+
+// dialContext connects clients to the routed port.
+func (r *routed) dialContext() func(context.Context, string, string) (net.Conn, error) {
+	return func(context.Context, string, string) (net.Conn, error) { return r.TryDial(r.At(81)) }
 }
