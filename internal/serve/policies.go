@@ -243,7 +243,7 @@ const (
 	extAuthzFilter    = "envoy.filters.http.ext_authz"
 )
 
-// Match implements authz.Metadata, for what the filters so far have left.
+// Match implements authz.Metadata, for what the filters so far have left. What other filters of Envoy leave is not known.
 func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 	switch m.Filter {
 	case jwtFilter:
@@ -253,7 +253,7 @@ func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 	case extAuthzFilter:
 		return g.asked.Match(m)
 	}
-	return match.Metadata(nil).Match(m)
+	return match.Unknown // Envoy may have a filter that leaves it: a policy must not be void without that
 }
 
 // isTunnel reports whether a request asks for a tunnel by CONNECT. Over HTTP/2, CONNECT with a path opens a WebSocket (RFC 8441). Over

@@ -65,3 +65,33 @@ func TestDryRunsAreRecorded(t *testing.T) {
 		h.Filters = append(h.Filters, mesh.HTTPFilter{RBAC: &mesh.RBAC{Rules: &mesh.Rules{Action: mesh.Allow}}})
 	}
 }
+
+// A policy may look at metadata of a filter that is not carried out, such as experimental.envoy.filters.network.mysql_proxy[a.b] of
+// Istio. Its value is not known, also if the condition is inverted: a policy that denies applies, and one that allows does not.
+func TestMetadataOfOtherFiltersIsNotKnown(t *testing.T) {
+	anything := mesh.Condition{Kind: mesh.ConditionTrue}
+	judged := func(action mesh.Action, filter string, inverted bool) (denied bool) {
+		condition := mesh.Condition{Kind: mesh.ConditionMetadata, Metadata: &mesh.MetadataMatcher{
+			Filter: filter, Path: []string{"k"}, Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Text: "v"}}, Invert: inverted,
+		}}
+		rules := &mesh.Rules{Action: action, Policies: []mesh.AccessPolicy{{Name: "p", Permission: condition, Principal: anything}}}
+		h := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{{RBAC: &mesh.RBAC{Rules: rules}}}}
+		r := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte("/"), Fields: fieldList{}}
+		_, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r)
+		return reply != nil
+	}
+	for _, inverted := range []bool{false, true} {
+		for filter, known := range map[string]bool{
+			jwtFilter: true, rbacFilter: true, extAuthzFilter: true, networkRBACFilter: false,
+			"istio_authn": false, "envoy.filters.network.mysql_proxy": false, "": false,
+		} {
+			// Of those that are known, there is no value.
+			if got := judged(mesh.Deny, filter, inverted); got != (!known || inverted) {
+				t.Errorf("a policy that denies by %q, inverted %v: denied %v", filter, inverted, got)
+			}
+			if got := judged(mesh.Allow, filter, inverted); got != (!known || !inverted) {
+				t.Errorf("a policy that allows by %q, inverted %v: denied %v", filter, inverted, got)
+			}
+		}
+	}
+}
