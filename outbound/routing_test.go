@@ -659,3 +659,53 @@ func TestARetryBeyondTheLimitIsNotMade(t *testing.T) {
 		}
 	}
 }
+
+// A cluster may limit the streams of its connections of HTTP/2 to fewer than the server takes: further requests get connections of
+// their own.
+func TestAClusterLimitsTheStreamsOfAConnection(t *testing.T) {
+	const requests = 4
+	for limit, want := range map[uint32]int{0: 1, 1: requests, 2: requests / 2} {
+		r := newRouted(t, to("v1"))
+		together, arrived := make(chan struct{}), make(chan string, requests)
+		r.handle(t, 82, func(_ http.ResponseWriter, q *http.Request) {
+			if q.URL.Path != "/" {
+				return
+			}
+			arrived <- q.RemoteAddr
+			select {
+			case <-together:
+			case <-q.Context().Done():
+			}
+		})
+		r.cluster("v1", func(c *mesh.Cluster) { c.HTTP.Protocol, c.HTTP.MaxStreams = mesh.UpstreamHTTP2, limit }, 82)
+		client, ended := r.twoClient(t), make(chan error)
+		get := func(path string) error {
+			response, err := client.Get("http://web" + path)
+			if err == nil {
+				response.Body.Close()
+			}
+			return err
+		}
+		if err := get("/first"); err != nil { // the server's own limit is known
+			t.Fatal(err)
+		}
+		r.Await(t)
+		for range requests {
+			go func() { ended <- get("/") }()
+		}
+		conns := map[string]bool{}
+		for range requests {
+			conns[<-arrived] = true
+		}
+		close(together)
+		for range requests {
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+			r.Await(t)
+		}
+		if len(conns) != want {
+			t.Errorf("with a limit of %d, %d requests take %d connections, want %d", limit, requests, len(conns), want)
+		}
+	}
+}

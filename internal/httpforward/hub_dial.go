@@ -138,7 +138,7 @@ func (l *leg) over(waiting int) bool {
 func (l *leg) load() int { return l.open + l.joined }
 
 // room returns how many streams the connection has a place for; negative: as many calls wait.
-func (l *leg) room() int { return int(min(l.limit, maxStreams)) - l.load() }
+func (l *leg) room() int { return int(l.target.Streams(min(l.limit, maxStreams))) - l.load() }
 
 // enter and leave keep the table of the leg's calls. A leg of HTTP/1 has one call at a time.
 func (l *leg) enter(c *call) {

@@ -47,11 +47,9 @@ type HTTPManager struct {
 	MaxHeaders        uint32
 	Underscores       Underscores
 	AcceptHTTP10      bool
-	DefaultHostHTTP10 string // of HTTP/1.0 requests without a host
-	MaxStreams        uint32 // of an HTTP/2 connection at a time; 0: no limit
-	MaxRequests       uint32 // of a connection; 0: no limit
-	PingAfter         time.Duration
-	PingTimeout       time.Duration
+	DefaultHostHTTP10 string        // of HTTP/1.0 requests without a host
+	MaxStreams        uint32        // of an HTTP/2 connection at a time; 0: no limit
+	MaxRequests       uint32        // of a connection; 0: no limit
 	IdleTimeout       time.Duration // of a connection without requests; 0: no limit, as for the others
 	MaxLifetime       time.Duration // of a connection
 	MaxStreamDuration time.Duration
@@ -291,7 +289,7 @@ func (d *decoder) httpManager(m wire.Message) *HTTPManager {
 		}
 	}
 	h.Tracing = h.Tracing.with(ids)
-	h.MaxStreams, h.PingAfter, h.PingTimeout = http2.MaxStreams, http2.PingAfter, http2.PingTimeout
+	h.MaxStreams = http2.MaxStreams
 	if h.Routes == nil && h.RouteName == "" {
 		d.report(Security, "no routes")
 	}

@@ -55,7 +55,6 @@ var tables = []*message{
 	&downstreamHTTPFields,
 	&http1Fields,
 	&http2Fields,
-	&keepaliveSettingsFields,
 	&durationFields,
 	&metadataFields,
 	&headerMatcherFields,

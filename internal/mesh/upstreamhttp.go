@@ -13,8 +13,6 @@ type UpstreamHTTP struct {
 	MaxLifetime time.Duration // of a connection; 0: no limit
 	MaxRequests uint32        // of a connection; 0: no limit
 	MaxStreams  uint32        // of an HTTP/2 connection at a time; 0: the peer's limit
-	PingAfter   time.Duration // of silence on an HTTP/2 connection; 0: never
-	PingTimeout time.Duration
 
 	hostSNI, hostName bool // see UpstreamTLS
 }
@@ -187,7 +185,7 @@ var http2Fields = message{"envoy.config.core.v3.Http2ProtocolOptions", Traffic, 
 	12: {"stream_error_on_invalid_http_messaging", ignored},
 	13: {"custom_settings_parameters", traffic},
 	14: {"override_stream_error_on_invalid_http_message", ignored},
-	15: {"connection_keepalive", once},
+	15: {"connection_keepalive", traffic},
 	16: {"use_oghttp2_codec", ignored},
 	17: {"max_metadata_size", ignored},
 	18: {"enable_huffman_encoding", ignored},
@@ -197,27 +195,10 @@ var http2Fields = message{"envoy.config.core.v3.Http2ProtocolOptions", Traffic, 
 	22: {"stream_reset_rate", ignored},
 }}
 
-var keepaliveSettingsFields = message{"envoy.config.core.v3.KeepaliveSettings", Traffic, []field{
-	1: {"interval", once},
-	2: {"timeout", once},
-	3: {"interval_jitter", ignored},
-	4: {"connection_idle_interval", ignored},
-}}
-
 func (d *decoder) http2(m wire.Message, h *UpstreamHTTP) {
 	for d.next(&m, &http2Fields) {
-		switch m.Number {
-		case 2:
+		if m.Number == 2 {
 			h.MaxStreams = d.uint32Value(m.Message())
-		case 15:
-			for m := m.Message(); d.next(&m, &keepaliveSettingsFields); {
-				switch m.Number {
-				case 1:
-					h.PingAfter = d.duration(m.Message())
-				case 2:
-					h.PingTimeout = d.duration(m.Message())
-				}
-			}
 		}
 	}
 }

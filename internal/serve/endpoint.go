@@ -83,7 +83,7 @@ func (r *Role) options(c *mesh.Cluster) *upstream.Options {
 	if known, ok := c.Compiled.Load().(*upstream.Options); ok {
 		return known
 	}
-	o := upstream.Options{ConnectTimeout: c.ConnectTimeout, IdleLife: c.HTTP.IdleTimeout, Life: c.HTTP.MaxLifetime, Requests: c.HTTP.MaxRequests}
+	o := upstream.Options{ConnectTimeout: c.ConnectTimeout, IdleLife: c.HTTP.IdleTimeout, Life: c.HTTP.MaxLifetime, Requests: c.HTTP.MaxRequests, Streams: c.HTTP.MaxStreams}
 	if k := c.Keepalive; k != nil {
 		o.KeepAliveProbes, o.KeepAliveIdle, o.KeepAliveGap = k.Probes, k.Time, k.Interval
 	}

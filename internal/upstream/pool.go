@@ -48,6 +48,14 @@ func (t *Target) Over(u *Use, now time.Time) bool {
 	return o != nil && (o.Requests > 0 && u.Requests >= o.Requests || o.Life > 0 && u.Opened != 0 && now.UnixNano()-u.Opened >= int64(o.Life))
 }
 
+// Streams returns how many of the streams that a peer takes at a time are used on a connection.
+func (t *Target) Streams(peer uint32) uint32 {
+	if o := t.options(); o != nil && o.Streams > 0 {
+		return min(peer, o.Streams)
+	}
+	return peer
+}
+
 // Options are how connections to a Target are made, and how long they are used. Zero is no limit, and leaves a setting as it
 // is.
 type Options struct {
@@ -55,6 +63,7 @@ type Options struct {
 	IdleLife       time.Duration // in a Pool, if it is shorter than the Pool's
 	Life           time.Duration // of a connection; it ends with the request in progress
 	Requests       uint32        // on a connection
+	Streams        uint32        // at a time, on a connection of HTTP/2
 
 	KeepAliveProbes             uint32
 	KeepAliveIdle, KeepAliveGap time.Duration // before the first probe, and between two; whole seconds

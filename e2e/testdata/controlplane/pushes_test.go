@@ -254,7 +254,6 @@ func readCluster(c *cluster.Cluster) *mesh.Cluster {
 			want.HTTP.Protocol, http2 = mesh.UpstreamAsDownstream, options.GetUseDownstreamProtocolConfig().GetHttp2ProtocolOptions()
 		}
 		want.HTTP.MaxStreams = http2.GetMaxConcurrentStreams().GetValue()
-		want.HTTP.PingAfter, want.HTTP.PingTimeout = http2.GetConnectionKeepalive().GetInterval().AsDuration(), http2.GetConnectionKeepalive().GetTimeout().AsDuration()
 	}
 	return want
 }
