@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -688,5 +689,54 @@ func TestHostileServerNamesMeetNoServer(t *testing.T) {
 				t.Errorf("the record is %+v", got)
 			}
 		})
+	}
+}
+
+// Where the server name of a client chooses the cluster (AUTO_PASSTHROUGH), it reaches those of services only, also if the filter
+// chain takes all server names.
+func TestAServerNameChoosesServicesOnly(t *testing.T) {
+	r := newRig(t)
+	conns := r.Listen(t, "82")
+	const service = "outbound_.82_._.web"
+	names := map[string]bool{service: true, "outbound_.83_._.web": false, "PassthroughCluster": false, "web": false, "": false, "x.outbound_.82_._.web": false}
+	for name := range names {
+		if name != "outbound_.83_._.web" && name != "" {
+			r.cluster(name, 82)
+		}
+	}
+	r.push(func(e *mesh.Edit) {
+		l := &mesh.Listener{
+			Name: name, Direction: mesh.Outbound, Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:8080")},
+			Filters: []mesh.ListenerFilter{{Kind: mesh.TLSInspector}},
+			Chains:  []*mesh.FilterChain{{Match: mesh.ChainMatch{Transport: "tls"}, ClusterIsSNI: true, TCP: &mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "web", Weight: 1}}}}},
+		}
+		if err := l.Index(); err != nil {
+			t.Error(err)
+		}
+		e.SetListener(name, l)
+	})
+	for sni, passes := range names {
+		raw := r.Dial(t, r.At(port))
+		conn := tls.Client(raw, &tls.Config{ServerName: sni, InsecureSkipVerify: true})
+		ended := make(chan error)
+		go func() { ended <- conn.Handshake() }()
+		if passes {
+			server := servetest.Take(t, conns)
+			first := make([]byte, 1)
+			if _, err := io.ReadFull(server, first); err != nil || first[0] != 22 {
+				t.Errorf("%q: the server reads %x, %v", sni, first, err)
+			}
+			server.Close()
+		}
+		if err := <-ended; err == nil {
+			t.Errorf("%q: a handshake succeeds", sni)
+		}
+		raw.Close()
+		if got := r.Await(t); (got.Reason == flow.MeshRefused) == passes || got.Upstream.IsValid() != passes {
+			t.Errorf("%q: the record has %v, %v, upstream %v", sni, got.Reason, got.Err, got.Upstream)
+		}
+		if len(conns) > 0 {
+			t.Errorf("%q: a server was dialled", sni)
+		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -163,10 +164,17 @@ func (c *Conn) chooseCluster(g *governed, to *upstream.Target) *failure {
 	return failed
 }
 
+// serviceName begins the server names that stand for a cluster of a service (outbound_.PORT_.SUBSET_.HOST). A client could reach
+// PassthroughCluster, or what else only the configuration may choose, by a chain that takes all server names (CVE-2021-31921).
+const serviceName = "outbound_."
+
 // clusterName returns the name of the cluster of a connection of bytes: one of the chain's clusters, drawn by weight, or the
-// one that is named as the server name that the client asks for.
+// one that is named as the server name that the client asks for; empty: that names no service.
 func (c *Conn) clusterName(chain *mesh.FilterChain) string {
 	if chain.ClusterIsSNI {
+		if !strings.HasPrefix(c.sniffer.Hello.ServerName, serviceName) {
+			return ""
+		}
 		return c.sniffer.Hello.ServerName
 	}
 	clusters := chain.TCP.Clusters
