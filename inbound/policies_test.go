@@ -11,8 +11,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -584,5 +587,136 @@ func TestNoRequestPassesInsideATunnel(t *testing.T) {
 		}
 		c.Close()
 		m.Await(t)
+	}
+}
+
+// Filters apply in the order in which they come. The first that refuses a request answers it, and the later ones do not see it.
+func TestFiltersApplyInTheirOrder(t *testing.T) {
+	const mode = "STRICT, HTTP"
+	m := newMeshRig(t, mode)
+	var asked atomic.Int32
+	var claim atomic.Value
+	at := listenLocally(t, func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		claim.Store(r.Header.Get("X-Claim"))
+		if r.URL.Path == "/admin/asked" {
+			w.WriteHeader(http.StatusTeapot)
+		}
+	})
+	ask := custom(&mesh.ExtAuthz{
+		Headers: names("x-claim"), HTTP: &mesh.HTTPAuthz{Service: mesh.HTTPService{Cluster: "checker", Timeout: nettest.Patience}},
+	})
+	secret := []byte("a secret of at least 32 bytes, as HS256 needs")
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: secret}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.HS256, Key: secret}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := signer.Sign([]byte(`{"iss":"me","sub":"you"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	good, err := signed.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := mesh.HTTPFilter{Name: "jwt", JWT: &mesh.JWT{
+		Providers: []mesh.JWTProvider{{Name: "me", Issuer: "me", Keys: keys, ClaimHeaders: []mesh.ClaimHeader{{Header: "x-claim", Claim: "sub"}}}},
+		Rules:     []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTProvided, Name: "me"}}},
+	}}
+	path := func(text string) mesh.Condition {
+		return mesh.Condition{Kind: mesh.ConditionPath, Text: &mesh.StringMatcher{Text: text}}
+	}
+	policy := func(name string, action mesh.Action, c mesh.Condition) mesh.HTTPFilter {
+		r := rbac(action, c, anything)
+		r.Rules.Policies[0].Name = name
+		return mesh.HTTPFilter{Name: name, RBAC: r}
+	}
+	deny, allow := policy("deny", mesh.Deny, path("/admin/denied")), policy("allow", mesh.Allow, path("/admin/allowed"))
+	const denied, none = "rbac_access_denied_matched_policy[deny]", "rbac_access_denied_matched_policy[none]"
+	for _, c := range []struct {
+		order   []mesh.HTTPFilter
+		path    string
+		token   string
+		status  int
+		details string
+		asked   bool
+		claim   string // that the server of external authorization sees
+	}{
+		{append(ask, tokens, deny, allow), "/admin/asked", "bad", 418, "ext_authz_denied", true, ""},
+		{append(ask, tokens, deny, allow), "/admin/denied", "a.b.c", 401, "", true, ""},
+		{append(ask, tokens, deny, allow), "/admin/denied", good, 403, denied, true, ""},
+		{append(ask, tokens, deny, allow), "/admin/other", good, 403, none, true, ""},
+		{append(ask, tokens, deny, allow), "/admin/allowed", good, 200, "via_upstream", true, ""},
+		{append([]mesh.HTTPFilter{tokens, deny, allow}, ask...), "/admin/asked", "a.b.c", 401, "", false, ""},
+		{append([]mesh.HTTPFilter{tokens, deny, allow}, ask...), "/admin/denied", good, 403, denied, false, ""},
+		{append([]mesh.HTTPFilter{tokens, deny, allow}, ask...), "/admin/asked", good, 403, none, false, ""},
+		{append([]mesh.HTTPFilter{tokens, deny}, ask...), "/admin/asked", good, 418, "ext_authz_denied", true, "you"},
+		{append([]mesh.HTTPFilter{allow, deny}, tokens), "/admin/denied", "a.b.c", 403, none, false, ""},
+	} {
+		m.configure(t, mode, slices.Clone(c.order), nil, map[string]netip.AddrPort{"checker": at})
+		for _, http2 := range []bool{false, true} {
+			asked.Store(0)
+			claim.Store("")
+			client := m.over(t, 81, http2)
+			request, err := http.NewRequest("GET", "http://shop.example"+c.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("Authorization", "Bearer "+c.token)
+			request.Header.Set("X-Claim", "")
+			response, err := client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, response.Body); err != nil {
+				t.Error(err)
+			}
+			response.Body.Close()
+			client.CloseIdleConnections()
+			got := m.Await(t)
+			if response.StatusCode != c.status || c.details != "" && got.Details != c.details || (asked.Load() == 1) != c.asked || claim.Load() != c.claim {
+				t.Errorf("%d filters, %s, HTTP/2 %v: %d, %s, asked %d times with %q; want %+v", len(c.order), c.path, http2, response.StatusCode, got.Details, asked.Load(), claim.Load(), c)
+			}
+		}
+	}
+}
+
+// A call of gRPC that is refused has the status of gRPC that stands for that of HTTP, and its record has both.
+func TestARefusedCallOfGRPCHasItsStatus(t *testing.T) {
+	const mode = "STRICT, HTTP"
+	m := newMeshRig(t, mode)
+	tokens := mesh.HTTPFilter{Name: "jwt", JWT: &mesh.JWT{
+		Providers: []mesh.JWTProvider{{Name: "me", Issuer: "me", Keys: []byte(`{"keys":[]}`)}},
+		Rules:     []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/"}, Requires: mesh.JWTRequirement{Kind: mesh.JWTProvided, Name: "me"}}},
+	}}
+	deny := mesh.HTTPFilter{Name: "rbac", RBAC: rbac(mesh.Deny, ofAdmin, anything)}
+	for name, c := range map[string]struct {
+		filters         []mesh.HTTPFilter
+		status, message string
+	}{
+		"by a policy":                      {[]mesh.HTTPFilter{deny}, "7", "RBAC: access denied"},
+		"without a token":                  {[]mesh.HTTPFilter{tokens}, "16", "Jwt is missing"},
+		"by a server that cannot be asked": {custom(&mesh.ExtAuthz{GRPC: &mesh.GRPCService{Cluster: "none"}}), "7", ""},
+		"by one that is not supported":     {[]mesh.HTTPFilter{{Name: "x", ExtAuthz: &mesh.ExtAuthz{Refused: true}}}, "14", ""},
+	} {
+		m.configure(t, mode, c.filters, nil, nil)
+		client := m.http2(t, 81)
+		response, err := client.Post("http://shop.example/admin", "application/grpc", strings.NewReader("\x00\x00\x00\x00\x00"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(response.Body)
+		response.Body.Close()
+		client.CloseIdleConnections()
+		if h := response.Header; response.StatusCode != 200 || h.Get("Grpc-Status") != c.status || h.Get("Grpc-Message") != c.message || len(body) > 0 || err != nil {
+			t.Errorf("%s: %s with %v, %q, %v", name, response.Status, h, body, err)
+		}
+		if got := m.Await(t); got.Reason == flow.Completed || got.Upstream.IsValid() {
+			t.Errorf("%s: the record is %+v", name, got)
+		}
 	}
 }

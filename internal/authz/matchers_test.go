@@ -59,7 +59,8 @@ func TestEachMatcherInEachSituation(t *testing.T) {
 		situations []situation
 	}{
 		"principals": {name(exact(sleep)), []situation{
-			{"present", names(sleep), yes}, {"absent", names(), no}, {"plaintext", plain, no}, {"repeated", names("spiffe://x", sleep, sleep), yes},
+			{"present", names(sleep), yes}, {"absent", names(), no}, {"plaintext", plain, no}, {"names without TLS", func(s *Subject) { s.Secured, s.Names = false, []string{sleep} }, no},
+			{"repeated", names("spiffe://x", sleep, sleep), yes},
 			{"odd case", names("spiffe://Cluster.local/ns/default/sa/sleep"), no}, {"not UTF-8", names(sleep + "\xff"), no},
 			{"encoded", names("spiffe://cluster.local/ns/default/sa/%73leep"), no}, {"with port", names("spiffe://cluster.local:80/ns/default/sa/sleep"), no},
 			{"very long", names(sleep + long), no}, {"before the request", silent, yes},

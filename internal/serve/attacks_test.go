@@ -44,7 +44,9 @@ func policyOf(action mesh.Action, permission, principal mesh.Condition) *mesh.RB
 // Those of tokens, certificates and HTTP/2 are in the tests of their packages: CVE-2021-21378 in inbound.TestTokens,
 // CVE-2023-27493 in secure.TestNamesOfAClientCannotAddParts, CVE-2022-21657 in secure.TestClientsAreRejectedByName, CVE-2022-21679 in
 // mesh.TestPartsOfPoliciesThatAreNotUnderstood, CVE-2021-32777 in inbound.TestAServerDecidesByHTTP, CVE-2023-44487 and
-// CVE-2024-30255 in httpforward.TestFloodsEndAConnection. CVE-2022-21654 has no place: sessions are not resumed.
+// CVE-2024-30255 in httpforward.TestFloodsEndAConnection, CVE-2021-31921 in gateway.TestAServerNameChoosesServicesOnly and
+// CVE-2020-16844 below. CVE-2022-21654 is in gateway.TestSessionsAreNotResumed. CVE-2021-34824 has no place: the control plane decides
+// which secrets a proxy gets.
 func TestAttacksThatOthersHaveAllowed(t *testing.T) {
 	admin := policyOf(mesh.Deny, onPath(mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "/admin"}), always)
 	exact := policyOf(mesh.Deny, onPath(exactly("/admin")), always)
@@ -76,7 +78,7 @@ func TestAttacksThatOthersHaveAllowed(t *testing.T) {
 		{"CVE-2026-73552", policyOf(mesh.Deny, onField("x-role", mesh.StringMatcher{Kind: mesh.MatchRegex, Text: "admin.*"}), always), nil, "/", "a", fieldList{"x-role", "admin\xff"}, 403},
 		{"CVE-2025-46821", policyOf(mesh.Deny, template, always), nil, "/admin/*/x", "a", nil, 403},
 		{"CVE-2025-46821", policyOf(mesh.Deny, template, always), nil, "/admin/a*b/x", "a", nil, 403},
-		{"CVE-2026-73553", exact, nil, "/admin;x=y", "a", nil, 0}, // the workload gets the very path that was judged; --strict-paths rejects it
+		{"CVE-2026-73553", exact, nil, "/admin;x=y", "a", nil, 0}, // and CVE-2026-73511: the workload gets the very path that was judged; --strict-paths rejects it
 		{"CVE-2026-39350", policyOf(mesh.Allow, onField(":authority", mesh.StringMatcher{Kind: mesh.MatchRegex, Text: `a\.b`}), always), nil, "/", "a.bc", nil, 403},
 		{"CVE-2023-27487", admin, nil, "/admin", "a", fieldList{"x-envoy-original-path", "/"}, 403},
 		{"CVE-2023-27487", policyOf(mesh.Allow, onPath(exactly("/public")), always), nil, "/admin", "a", fieldList{"x-envoy-original-path", "/public"}, 403},
