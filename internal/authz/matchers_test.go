@@ -112,7 +112,7 @@ func TestEachMatcherInEachSituation(t *testing.T) {
 			{"as a field", func(s *Subject) { method("PUT")(s); s.Request.Fields = fields{{":method", "GET"}} }, no},
 		}},
 		"paths":               {path(exact("/admin")), paths("/admin")},
-		"paths with a suffix": {path(suffix("/admin")), append(paths("/admin")[:4], situation{"repeated", at("/admin/admin"), yes}, situation{"not UTF-8", at("/\xff/admin"), yes}, situation{"very long", at("/" + long + "/admin"), yes})},
+		"paths with a suffix": {path(suffix("/admin")), append(paths("/admin")[:4], situation{"repeated", at("/admin/admin"), yes}, situation{"a query without a path", at("?/admin"), no}, situation{"not UTF-8", at("/\xff/admin"), yes}, situation{"very long", at("/" + long + "/admin"), yes})},
 		"paths with a prefix": {path(prefix("/admin")), []situation{
 			{"present", at("/admin/x"), yes}, {"absent", connect, no}, {"repeated", at("/admin/admin"), yes}, {"odd case", at("/Admin"), no}, {"not UTF-8", at("/admin\xff"), yes},
 			{"encoded", at("/%61dmin"), no}, {"very long", at("/admin" + long), yes}, {"with a query", at("/admin?"), yes}, {"a query alone", at("/?/admin"), no},
