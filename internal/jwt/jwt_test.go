@@ -220,33 +220,44 @@ func TestRequirements(t *testing.T) {
 	}
 	two := anyOf(provided("a"), provided("b"), all(anyOf(provided("a"), allowMissing), anyOf(provided("b"), allowMissing)))
 	named := requiring(mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: "n"}, a, b)
+	anyIssuer := issuer("", keys)
+	anyIssuer.Headers = []mesh.TokenHeader{{Name: "X-c"}}
+	forX, forY := provided("a"), a // the audiences of a requirement take the place of those of its provider
+	forX.Audiences, forY.Audiences = []string{"x"}, []string{"y"}
 	named.Named = []mesh.NamedRequirement{{Name: "n", JWTRequirement: provided("a")}}
 	for name, c := range map[string]struct {
 		filter  *mesh.JWT
 		request *route.Request
 		want    string
 	}{
-		"a provider":                       {requiring(provided("a"), a, b), request("/", "x-a", ofA), ""},
-		"a provider, no token":             {requiring(provided("a"), a, b), request("/"), "Jwt is missing"},
-		"a provider, at another's place":   {requiring(provided("a"), a, b), request("/", "x-b", ofA), "Jwt is missing"},
-		"a provider, of another":           {requiring(provided("a"), a, b), request("/", "x-a", ofB), unknownIssuer.text},
-		"a provider, two tokens":           {requiring(provided("a"), a, b), request("/", "x-a", ofA, "X-A", raw(`x`, `{}`)), badHeader.text},
-		"two issuers, none":                {requiring(two, a, b), request("/"), ""},
-		"two issuers, the first":           {requiring(two, a, b), request("/", "x-a", ofA), ""},
-		"two issuers, the second":          {requiring(two, a, b), request("/", "x-b", ofB), ""},
-		"two issuers, swapped":             {requiring(two, a, b), request("/", "x-a", ofB, "x-b", ofA), unknownIssuer.text},
-		"missing, of an unknown issuer":    {requiring(allowMissing, a), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"c"}`)), unknownIssuer.text},
-		"missing, at the place of another": {requiring(allowMissing, a, b), request("/", "x-a", ofB), unknownIssuer.text},
-		"missing, invalid":                 {requiring(allowMissing, a, b), request("/", "x-a", "x"), malformed.text},
-		"missing or failed, invalid":       {requiring(mesh.JWTRequirement{Kind: mesh.JWTAllowMissingOrFailed}, a), request("/", "x-a", "x"), ""},
-		"not required":                     {requiring(mesh.JWTRequirement{Kind: mesh.JWTNotRequired}, a), request("/", "x-a", "x"), ""},
-		"a name":                           {named, request("/", "x-a", ofA), ""},
-		"a name, no token":                 {named, request("/"), "Jwt is missing"},
-		"a name that does not exist":       {requiring(mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: "x"}, a), request("/", "x-a", ofA), notConfigured.text},
-		"a provider that does not exist":   {requiring(provided("x"), a), request("/", "x-a", ofA), notConfigured.text},
-		"a kind that is not understood":    {requiring(mesh.JWTRequirement{}, a), request("/", "x-a", ofA), notConfigured.text},
-		"no rule for the path":             {&mesh.JWT{Providers: []mesh.JWTProvider{a}, Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/x"}, Requires: provided("a")}}}, request("/"), ""},
-		"a filter that is not understood":  {&mesh.JWT{Refused: true}, request("/"), ""},
+		"a provider":                          {requiring(provided("a"), a, b), request("/", "x-a", ofA), ""},
+		"a provider, no token":                {requiring(provided("a"), a, b), request("/"), "Jwt is missing"},
+		"a provider, at another's place":      {requiring(provided("a"), a, b), request("/", "x-b", ofA), "Jwt is missing"},
+		"a provider, of another":              {requiring(provided("a"), a, b), request("/", "x-a", ofB), unknownIssuer.text},
+		"a provider, two tokens":              {requiring(provided("a"), a, b), request("/", "x-a", ofA, "X-A", raw(`x`, `{}`)), badHeader.text},
+		"two issuers, none":                   {requiring(two, a, b), request("/"), ""},
+		"two issuers, the first":              {requiring(two, a, b), request("/", "x-a", ofA), ""},
+		"two issuers, the second":             {requiring(two, a, b), request("/", "x-b", ofB), ""},
+		"two issuers, swapped":                {requiring(two, a, b), request("/", "x-a", ofB, "x-b", ofA), unknownIssuer.text},
+		"missing, of an unknown issuer":       {requiring(allowMissing, a), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"c"}`)), unknownIssuer.text},
+		"missing, at the place of another":    {requiring(allowMissing, a, b), request("/", "x-a", ofB), unknownIssuer.text},
+		"missing, invalid":                    {requiring(allowMissing, a, b), request("/", "x-a", "x"), malformed.text},
+		"missing or failed, invalid":          {requiring(mesh.JWTRequirement{Kind: mesh.JWTAllowMissingOrFailed}, a), request("/", "x-a", "x"), ""},
+		"missing, where any issuer's are not": {requiring(allowMissing, a, anyIssuer), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"c"}`)), unknownIssuer.text},
+		"missing, where any issuer's are":     {requiring(allowMissing, a, anyIssuer), request("/", "x-c", sign(t, jose.ES256, ecKey, "", `{"iss":"c"}`)), ""},
+		"all of two":                          {requiring(all(provided("a"), provided("b")), a, b), request("/", "x-a", ofA, "x-b", ofB), ""},
+		"all of two, without the first":       {requiring(all(provided("a"), provided("b")), a, b), request("/", "x-b", ofB), "Jwt is missing"},
+		"all of two, without the second":      {requiring(all(provided("a"), provided("b")), a, b), request("/", "x-a", ofA), "Jwt is missing"},
+		"audiences of its own":                {requiring(forX, a), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"a","aud":"x"}`)), ""},
+		"audiences of its own, another":       {requiring(forX, forY), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"a","aud":"y"}`)), otherAudience.text},
+		"not required":                        {requiring(mesh.JWTRequirement{Kind: mesh.JWTNotRequired}, a), request("/", "x-a", "x"), ""},
+		"a name":                              {named, request("/", "x-a", ofA), ""},
+		"a name, no token":                    {named, request("/"), "Jwt is missing"},
+		"a name that does not exist":          {requiring(mesh.JWTRequirement{Kind: mesh.JWTNamed, Name: "x"}, a), request("/", "x-a", ofA), notConfigured.text},
+		"a provider that does not exist":      {requiring(provided("x"), a), request("/", "x-a", ofA), notConfigured.text},
+		"a kind that is not understood":       {requiring(mesh.JWTRequirement{}, a), request("/", "x-a", ofA), notConfigured.text},
+		"no rule for the path":                {&mesh.JWT{Providers: []mesh.JWTProvider{a}, Rules: []mesh.JWTRule{{Match: mesh.RouteMatch{Path: "/x"}, Requires: provided("a")}}}, request("/"), ""},
+		"a filter that is not understood":     {&mesh.JWT{Refused: true}, request("/"), ""},
 	} {
 		result := Of(c.filter).Check(c.request, ByRules, now, nil)
 		got := ""
