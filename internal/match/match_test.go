@@ -33,7 +33,8 @@ func TestTexts(t *testing.T) {
 		{mesh.MatchContains, "x", false, long, No},
 		{mesh.MatchRegex, "b|a", false, "a", Yes},
 		{mesh.MatchRegex, "b|a", false, "ab", No},
-		{mesh.MatchRegex, "a", true, "A", No}, // as in Envoy, case is ignored for other kinds only
+		{mesh.MatchRegex, "b|a", false, "ba", No}, // each alternative is that of the whole text
+		{mesh.MatchRegex, "a", true, "A", No},     // as in Envoy, case is ignored for other kinds only
 		{mesh.MatchRegex, "(?i)a", false, "A", Yes},
 		{mesh.MatchRegex, "a.", false, "a\n", Unknown},
 		{mesh.MatchRegex, "a.", false, "a\xff", Unknown},
