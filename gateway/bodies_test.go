@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -150,6 +151,31 @@ func (r *rig) post(t *testing.T, sent, body string) (status int, answer string) 
 		t.Fatalf("%d bytes %s: %v", len(body), sent, err)
 	}
 	return response.StatusCode, string(b)
+}
+
+// Of two servers, each sees as much of a body as its own filter has it see, whichever is asked first.
+func TestEachServerSeesItsPartOfABody(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.handle(t, 82, func(w http.ResponseWriter, q *http.Request) { io.Copy(w, q.Body) })
+	seen := make(chan string, 2)
+	r.check(t, func(_ http.ResponseWriter, q *http.Request) {
+		body, _ := io.ReadAll(q.Body)
+		seen <- string(body) + " " + q.Header.Get("X-Envoy-Auth-Partial-Body")
+	})
+	r.route(host("web", "web"))
+	little, more := asking(&mesh.AuthzBody{MaxBytes: 2, AllowPartial: true}), asking(&mesh.AuthzBody{MaxBytes: 10})
+	for first, filters := range map[string][]mesh.HTTPFilter{"he true": {little, more}, "hello false": {more, little}} {
+		r.listen(edge(0, filters...))
+		for _, sent := range []string{"in chunks", "with its length", "over HTTP/2"} {
+			status, body := r.post(t, sent, "hello")
+			got := []string{<-seen, <-seen}
+			if status != 200 || body != "hello" || got[0] != first || got[0] == got[1] || !slices.Contains(got, "he true") || !slices.Contains(got, "hello false") {
+				t.Errorf("%s, %q first: %d, %q, the servers see %q", sent, first, status, body, got)
+			}
+			r.Await(t)
+		}
+	}
 }
 
 // A body that is malformed, that is cut, or whose framing is longer than the body may be, is not shown to a server.
