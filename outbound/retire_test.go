@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"testing"
+	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -91,4 +92,58 @@ func TestARefusedClusterBindsTheNextRequestOfAnHTTP2Connection(t *testing.T) {
 		}
 		transport.CloseIdleConnections()
 	}
+}
+
+// A push that removes an endpoint of one cluster closes the idle connections that were made for it, and no connection of a cluster
+// that still has an endpoint with this address.
+func TestALostEndpointOfOneClusterKeepsTheConnectionsOfAnother(t *testing.T) {
+	subset := to("v1")
+	subset.Match = mesh.RouteMatch{Kind: mesh.PathPrefix, Path: "/v1"}
+	r := newRouted(t, subset, to("all"))
+	closed := make(chan string, 10)
+	listener := r.Peer.Listen(t, "tcp4", r.At(82).String())
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.RemoteAddr) }),
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				closed <- c.RemoteAddr().String()
+			}
+		},
+	}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(listener)
+	}()
+	t.Cleanup(func() { server.Close(); <-served })
+	r.cluster("v1", nil, 82)
+	r.cluster("all", nil, 82)
+	client := r.client(t)
+	get := func(path string) string {
+		t.Helper()
+		status, connection := client.ask(t, path)
+		if status != 200 {
+			t.Fatalf("status %d", status)
+		}
+		r.Await(t)
+		return connection
+	}
+	lost, kept := get("/v1"), get("/")
+	if get("/v1") != lost || get("/") != kept {
+		t.Fatal("connections are not kept between requests")
+	}
+	r.endpoints("v1", 83)
+	r.Role.(*Proxy).Balancer().Follow()
+	select {
+	case connection := <-closed:
+		if connection != lost {
+			t.Errorf("closed: %s; the connection of the cluster that has lost its endpoint is %s", connection, lost)
+		}
+	case <-time.After(nettest.Patience):
+		t.Fatal("no connection is closed")
+	}
+	if again := get("/"); again != kept {
+		t.Errorf("the other cluster's connection was %s, and is %s after the push", kept, again)
+	}
+	client.Close()
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // Config is what a Balancer needs.
@@ -27,10 +28,9 @@ type Config struct {
 	// Lookup resolves the names of clusters with DNS, outside of the data path. nil: such clusters have no hosts.
 	Lookup Lookup
 
-	// Retire receives the addresses of hosts that a cluster has lost, that are not healthy any more, or whose cluster has changed
-	// and uses TLS, soon after the change: their connections must not begin another request, whichever cluster they were made
-	// for. nil: connections stay.
-	Retire func(map[netip.AddrPort]struct{})
+	// Retire receives the groups of connections to hosts that a cluster has lost, that are not healthy any more, or that are
+	// secured otherwise now, soon after the change: they must not begin another request. nil: connections stay.
+	Retire func(map[*tcp.Group]struct{})
 }
 
 // retireDelay is how long lost hosts are collected: looking for their connections costs more than a host does.
@@ -53,7 +53,7 @@ type Balancer struct {
 	mu       sync.Mutex
 
 	retiring sync.Mutex
-	lost     map[netip.AddrPort]struct{} // for Config.Retire; nil: no host
+	lost     map[*tcp.Group]struct{} // for Config.Retire; nil: no group
 }
 
 // New makes a Balancer. Close it.
@@ -99,18 +99,18 @@ func (b *Balancer) Follow() {
 	}
 }
 
-// retire has Config.Retire called with an address, soon.
-func (b *Balancer) retire(address netip.AddrPort) {
+// retire has Config.Retire called with a group, soon.
+func (b *Balancer) retire(g *tcp.Group) {
 	if b.config.Retire == nil {
 		return
 	}
 	b.retiring.Lock()
 	defer b.retiring.Unlock()
 	if b.lost == nil {
-		b.lost = make(map[netip.AddrPort]struct{})
+		b.lost = make(map[*tcp.Group]struct{})
 		time.AfterFunc(retireDelay, b.retireLost)
 	}
-	b.lost[address] = struct{}{}
+	b.lost[g] = struct{}{}
 }
 
 func (b *Balancer) retireLost() {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // Cluster is the state of a cluster. Its methods may be called concurrently.
@@ -77,9 +78,10 @@ func (c *Cluster) leave() {
 		return
 	}
 	c.left = true
-	for i := range c.view.Load().members {
-		c.balancer.retire(c.view.Load().members[i].host.Address)
+	for _, h := range c.hosts {
+		h.group = nil
 	}
+	c.refresh()
 }
 
 // stop ends timers and lookups.
@@ -125,6 +127,7 @@ type Choice struct {
 	Address   netip.AddrPort
 	Endpoint  *mesh.Endpoint  // nil for OriginalDestination
 	Transport *mesh.Transport // how connections to the host are secured; nil: they are plain
+	Group     *tcp.Group      // of connections to the host
 	Lease     Lease
 }
 
@@ -185,7 +188,7 @@ func (c *Cluster) Pick(r *Request) (Choice, Failure) {
 	if lease == nil {
 		return Choice{}, Overflow
 	}
-	choice := Choice{Address: m.host.Address, Endpoint: m.endpoint, Transport: m.transport, Lease: lease}
+	choice := Choice{Address: m.host.Address, Endpoint: m.endpoint, Transport: m.transport, Group: m.group, Lease: lease}
 	if m.endpoint == nil {
 		choice.Address = r.Original
 	}

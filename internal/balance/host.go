@@ -8,6 +8,7 @@ import (
 	"github.com/pillion-proxy/pillion/internal/envoy"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // Host is the state of a host of a cluster. It lives as long as the host is one of its cluster, or has a request in
@@ -20,8 +21,9 @@ type Host struct {
 	active  atomic.Int64 // requests and connections
 	added   time.Time    // zero: with the cluster
 
-	usedBy *view             // the last view that has it, if it is usable there; older views must not be kept alive
-	tls    *mesh.UpstreamTLS // in the last view that has it
+	group  *tcp.Group        // of connections that are made to it as long as the following does not change
+	usable bool              // in the last view that has it
+	tls    *mesh.UpstreamTLS // likewise
 
 	outlier outlier
 }
@@ -71,6 +73,15 @@ func (h *Host) Wait() bool {
 
 // Go implements Queue.
 func (h *Host) Go() { h.cluster.pending.Add(-1) }
+
+// renew has further connections to the host belong to another group if they are secured otherwise, or if the host is not usable
+// any more.
+func (h *Host) renew(usable bool, tls *mesh.UpstreamTLS) {
+	if h.group == nil || h.usable && !usable || h.tls != tls {
+		h.group = new(tcp.Group)
+	}
+	h.usable, h.tls = usable, tls
+}
 
 // Retry implements Retrier.
 func (h *Host) Retry() bool {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/tcp"
 )
 
 // view is a cluster as hosts are chosen from it. Only its counters change.
@@ -33,6 +34,7 @@ type member struct {
 	endpoint  *mesh.Endpoint // nil for OriginalDestination
 	locality  *mesh.Locality
 	transport *mesh.Transport
+	group     *tcp.Group
 	usable    bool
 	weight    float64 // that of the endpoint, or less during slow start
 }
@@ -70,23 +72,26 @@ func (c *Cluster) compile(config *mesh.Cluster, source *mesh.Assignment, now tim
 	v.queued = min(v.requests, v.connections+int64(config.Breakers.Pending))
 	hosts := make(map[netip.AddrPort]*Host)
 	if config.Discovery == mesh.OriginalDestination {
-		v.members = []member{{host: c.keep(hosts, netip.AddrPort{}, now), transport: config.TransportTo(&mesh.Endpoint{}), usable: true, weight: 1}}
+		m := member{host: c.keep(hosts, netip.AddrPort{}, now), transport: config.TransportTo(&mesh.Endpoint{}), usable: true, weight: 1}
+		m.join(hosts)
+		v.members = []member{m}
 	} else if resolved := c.names.expand(source); resolved != nil {
 		c.enrol(v, hosts, resolved, now)
 	}
 	c.hosts = hosts
 	v.build()
 	if old := c.view.Swap(v); old != nil {
-		c.retireLost(old, v)
+		c.retireLost(old)
 	}
 }
 
-// retireLost retires the hosts of a view that got requests, and do not in the next one or are secured otherwise there.
-func (c *Cluster) retireLost(old, next *view) {
+// retireLost retires the connections that were made to the hosts of an old view, unless those to the host still belong to the
+// same group.
+func (c *Cluster) retireLost(old *view) {
 	for i := range old.members {
 		m := &old.members[i]
-		if m.usable && m.endpoint != nil && (m.host.usedBy != next || m.host.tls != m.tls()) {
-			c.balancer.retire(m.host.Address)
+		if h := c.hosts[m.host.Address]; h == nil || h.group != m.group {
+			c.balancer.retire(m.group)
 		}
 	}
 }
@@ -100,8 +105,17 @@ func (c *Cluster) keep(hosts map[netip.AddrPort]*Host, address netip.AddrPort, n
 	if h == nil {
 		h = &Host{Address: address, cluster: c, added: now}
 	}
-	hosts[address] = h
 	return h
+}
+
+// join adds a member's host to those of its view. If the host has several members, the first decides whether connections stay.
+func (m *member) join(hosts map[netip.AddrPort]*Host) {
+	h := m.host
+	if hosts[h.Address] == nil {
+		hosts[h.Address] = h
+		h.renew(m.usable, m.tls())
+	}
+	m.group = h.group
 }
 
 // enrol makes the members of a view.
@@ -116,9 +130,7 @@ func (c *Cluster) enrol(v *view, hosts map[netip.AddrPort]*Host, from *mesh.Assi
 			h := c.keep(hosts, e.Address, now)
 			m := member{host: h, endpoint: e, locality: locality, transport: v.config.TransportTo(e), weight: float64(e.Weight)}
 			m.usable = e.Health.Usable() && !h.outlier.ejected.Load()
-			if h.tls, h.usedBy = m.tls(), nil; m.usable {
-				h.usedBy = v
-			}
+			m.join(hosts)
 			v.ease(&m, now)
 			v.members = append(v.members, m)
 		}

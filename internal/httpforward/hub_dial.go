@@ -82,7 +82,7 @@ func (h *hub) place(c *call) *leg {
 		if l.target != *to || l.closing || l.readErr != nil || (l.http1 != nil) != translate {
 			continue
 		}
-		if l.over(l.joined) {
+		if l.conn != nil && l.conn.Retired() || l.over(l.joined) {
 			continue
 		}
 		if translate && l.stale(c) {
@@ -127,12 +127,12 @@ func roomier(best, l *leg) *leg {
 	return best
 }
 
-// over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, because its
-// host is retired, or because it has no number for it (RFC 9113 §5.1.1).
+// over reports whether the connection serves no stream behind the next waiting ones: by the limits of its target, or because it
+// has no number for it (RFC 9113 §5.1.1). A retired one serves those that wait for it when it is established.
 func (l *leg) over(waiting int) bool {
 	use := l.use
 	use.Requests += uint32(waiting)
-	return l.conn != nil && l.conn.Retired() || uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
+	return uint64(l.next)+2*uint64(waiting) > http2.MaxStream || l.target.Over(&use, l.h.now())
 }
 
 func (l *leg) load() int { return l.open + l.joined }

@@ -37,6 +37,7 @@ type rig struct {
 	open     atomic.Int32                // connections that the engine has
 	layered  bool                        // downstream connections have a record layer
 	security *upstream.Security          // of upstream connections
+	group    *tcp.Group                  // likewise
 	balanced bool                        // the network may have several servers behind the origin's address
 	early    bool                        // dial the origin before the engine begins, for HTTP/1
 	many     bool                        // HTTP/2 streams have upstream connections of their own choice
@@ -187,7 +188,7 @@ func (r *rig) serve(ctx context.Context, down *tcp.Conn, http2 bool, to upstream
 	defer w.Close()
 	r.mu.Lock()
 	layered, early, router, peers, many := r.layered, r.early, r.router, r.peers, r.many
-	to.Balanced, to.Security = r.balanced, r.security
+	to.Balanced, to.Security, to.Group = r.balanced, r.security, r.group
 	r.mu.Unlock()
 	if layered {
 		layertest.Under(down, nil)

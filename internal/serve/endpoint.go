@@ -73,7 +73,7 @@ func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance
 		if tls != nil && secure.NeedsHost(tls, inside) {
 			host = secure.HostOf(authority)
 		}
-		*to = upstream.Target{Address: choice.Address, Security: r.security(tls, inside, s, r.options(config), host)}
+		*to = upstream.Target{Address: choice.Address, Group: choice.Group, Security: r.security(tls, inside, s, r.options(config), host)}
 	}
 	return choice.Lease, nil
 }

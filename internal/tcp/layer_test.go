@@ -563,7 +563,7 @@ func newStalledRig(t *testing.T) *layerRig {
 func TestALayeredConnectionLeavesTheSetWhenItIsClosed(t *testing.T) {
 	r := newStalledRig(t)
 	var set tcp.Set
-	r.conn.Join(&set, nil)
+	r.conn.Join(&set, nil, nil)
 	local, remote := r.conn.LocalAddr(), r.conn.RemoteAddr()
 	r.conn.Close()
 	if found, _ := set.Returned(local, remote); found != nil || tcp.Size(&set) != 0 {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -12,14 +13,25 @@ import (
 // Set is a set of open connections. It is indexed by both of their ends, to find the other end of a connection within this
 // process. The zero value is an empty set.
 //
-// The index is by hash, so that the set occupies some 20 bytes for each connection.
+// The index is by hash, so that the set occupies some 30 bytes for each connection.
 type Set struct {
 	shards [16]setShard
 }
 
 type setShard struct {
 	mu    sync.Mutex
-	conns map[uint64]*Conn
+	conns map[uint64]joined
+}
+
+// joined is a connection of a set, with its group.
+type joined struct {
+	*Conn
+	group *Group // may be nil
+}
+
+// Group is connections that are retired together: those that are open then, and those that join a set later.
+type Group struct {
+	retired atomic.Bool
 }
 
 // ends are both ends of a connection.
@@ -49,17 +61,20 @@ func (e ends) hash() uint64 {
 // It is milliseconds normally; an accept loop without descriptors pauses for up to a second.
 const returnTime = 5 * time.Second
 
-// Join adds the connection to s until it is closed. returned is the result of Returned for the downstream connection on
-// whose behalf this one was dialled; nil in general.
-func (c *Conn) Join(s *Set, returned *Conn) {
+// Join adds the connection to s until it is closed, as one of a group; nil: of none. returned is the result of Returned for the
+// downstream connection on whose behalf this one was dialled; nil in general.
+func (c *Conn) Join(s *Set, g *Group, returned *Conn) {
 	c.set, c.returned, c.joined = s, returned, uptime()
 	shard, key := s.place(c.ends())
 	shard.mu.Lock()
 	defer shard.mu.Unlock()
 	if shard.conns == nil {
-		shard.conns = make(map[uint64]*Conn)
+		shard.conns = make(map[uint64]joined)
 	}
-	shard.conns[key] = c
+	shard.conns[key] = joined{c, g}
+	if g != nil && g.retired.Load() {
+		c.ready.Or(retired)
+	}
 }
 
 // uptime returns milliseconds since the process started, modulo 49 days.
@@ -89,13 +104,17 @@ func (s *Set) Count(to map[netip.AddrPort]int) {
 	}
 }
 
-// Retire marks the connections to these remote addresses, and wakes their owners, which close them when they are idle.
-func (s *Set) Retire(addresses map[netip.AddrPort]struct{}) {
+// Retire marks the connections of these groups, and wakes their owners, which close them when they are idle. Connections of
+// the groups that join later, such as those that are being dialled, are marked as they join.
+func (s *Set) Retire(groups map[*Group]struct{}) {
+	for g := range groups {
+		g.retired.Store(true) // before the shards are visited, so that no connection is missed that joins meanwhile
+	}
 	for i := range s.shards {
 		shard := &s.shards[i]
 		shard.mu.Lock()
 		for _, c := range shard.conns {
-			if _, ok := addresses[c.RemoteAddr()]; !ok {
+			if _, ok := groups[c.group]; !ok {
 				continue
 			}
 			c.ready.Or(retired)
@@ -122,7 +141,7 @@ func (s *Set) Returned(peer, dst netip.AddrPort) (c *Conn, proven bool) {
 	shard, key := s.place(ends{peer, dst})
 	shard.mu.Lock()
 	defer shard.mu.Unlock()
-	c = shard.conns[key]
+	c = shard.conns[key].Conn
 	if c == nil || c.ends() != (ends{peer, dst}) || !c.mayReturn() {
 		return nil, false
 	}

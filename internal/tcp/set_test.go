@@ -55,7 +55,7 @@ func TestASetFindsTheOtherEndOfAConnectionUntilItIsClosed(t *testing.T) {
 	for name, end := range map[string]func(*Conn){"Close": (*Conn).Close, "Reset": (*Conn).Reset} {
 		c, other := dialled(t, p, listener)
 		unknown, other2 := dialled(t, p, listener)
-		c.Join(&set, nil)
+		c.Join(&set, nil, nil)
 		local, remote := c.LocalAddr(), c.RemoteAddr()
 		for _, no := range [][2]netip.AddrPort{{remote, local}, {local, local}, {unknown.LocalAddr(), remote}} {
 			if found, _ := set.Returned(no[0], no[1]); found != nil {
@@ -85,9 +85,9 @@ func TestALoopIsProvenByTheSecondConnectionThatReturns(t *testing.T) {
 	second, other2 := dialled(t, p, listener)
 	defer other.Close()
 	defer other2.Close()
-	first.Join(&set, nil)
+	first.Join(&set, nil, nil)
 	found, _ := set.Returned(first.LocalAddr(), first.RemoteAddr())
-	second.Join(&set, found)
+	second.Join(&set, nil, found)
 	if found, proven := set.Returned(second.LocalAddr(), second.RemoteAddr()); found != second || !proven {
 		t.Errorf("found %p, proven %t; want the second connection, and a proof", found, proven)
 	}
@@ -114,7 +114,7 @@ func TestAConnectionThatHasReceivedOrIsOldHasNotReturned(t *testing.T) {
 	} {
 		var set Set
 		c, other := dialled(t, p, listener)
-		c.Join(&set, nil)
+		c.Join(&set, nil, nil)
 		if found, _ := set.Returned(c.LocalAddr(), c.RemoteAddr()); found != c {
 			t.Errorf("%s: not found before", name)
 		}
@@ -148,7 +148,7 @@ func TestASetIsUsedConcurrently(t *testing.T) {
 		local, remote := c.LocalAddr(), c.RemoteAddr()
 		joined := make(chan struct{})
 		users.Go(func() {
-			c.Join(&set, proof)
+			c.Join(&set, nil, proof)
 			close(joined)
 			for !c.Looped() {
 				nettest.Eventually(t, "the mark", c.Looped)
@@ -185,9 +185,40 @@ func BenchmarkSet(b *testing.B) {
 	unknown := netip.MustParseAddrPort("198.51.100.7:443")
 	b.ReportAllocs()
 	for b.Loop() {
-		c.Join(&set, nil)
+		c.Join(&set, nil, nil)
 		set.Returned(unknown, unknown)
 		c.leave()
+	}
+}
+
+// All connections have the same remote address.
+func TestAGroupIsRetiredWithTheConnectionsThatJoinItLater(t *testing.T) {
+	p, listener := newSetRig(t)
+	var set Set
+	lost, kept := new(Group), new(Group)
+	w := NewWaiter(t.Context())
+	defer w.Close()
+	join := func(g *Group) *Conn {
+		c, other := dialled(t, p, listener)
+		t.Cleanup(c.Close)
+		t.Cleanup(func() { other.Close() })
+		c.Join(&set, g, nil)
+		return c
+	}
+	open, others, ungrouped := join(lost), join(kept), join(nil)
+	woken := make(chan error)
+	go func() { woken <- w.Wait(time.Now().Add(nettest.Patience), open, nil) }()
+	nettest.Eventually(t, "the owner waits", func() bool { return open.waiter.Load() == w })
+	set.Retire(map[*Group]struct{}{lost: {}})
+	if err := <-woken; err != nil {
+		t.Errorf("the owner was not woken: %v", err)
+	}
+	late := join(lost)
+	if !open.Retired() || !late.Retired() {
+		t.Errorf("retired: the open connection %t, the one that joined later %t; want both", open.Retired(), late.Retired())
+	}
+	if others.Retired() || ungrouped.Retired() || join(kept).Retired() {
+		t.Error("connections of another group are retired")
 	}
 }
 
@@ -196,8 +227,8 @@ func TestASetCountsConnectionsByAddress(t *testing.T) {
 	var set Set
 	first, _ := dialled(t, p, listener)
 	second, _ := dialled(t, p, listener)
-	first.Join(&set, nil)
-	second.Join(&set, nil)
+	first.Join(&set, nil, nil)
+	second.Join(&set, nil, nil)
 	to := first.RemoteAddr()
 	counts := map[netip.AddrPort]int{to: 1}
 	if set.Count(counts); len(counts) != 1 || counts[to] != 3 {

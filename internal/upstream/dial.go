@@ -105,7 +105,7 @@ func (d *Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int,
 		d.count(func(s *Stats) { s.Failed.Add(1); s.Redialled.Add(1) })
 	}
 	if err == nil {
-		d.count(func(s *Stats) { up.Track(&s.Active); up.Join(&s.open, d.Returned) }) // before a handshake, which may return here
+		d.count(func(s *Stats) { up.Track(&s.Active); up.Join(&s.open, target.Group, d.Returned) }) // before a handshake, which may return here
 		if o := target.options(); o != nil && (o.KeepAliveProbes > 0 || o.KeepAliveIdle > 0 || o.KeepAliveGap > 0) {
 			up.KeepAlive(int(o.KeepAliveProbes), int(o.KeepAliveIdle.Seconds()), int(o.KeepAliveGap.Seconds()))
 		}

@@ -26,6 +26,9 @@ type Target struct {
 	// HTTP2 marks connections whose HTTP/1 messages a layer translates into HTTP/2. The caller of Dial sets the layer.
 	HTTP2 bool
 
+	// Group has the connections that Pool.Retire closes together; nil: they are not retired.
+	Group *tcp.Group
+
 	// Security secures and limits the connections; nil: they are plain, and have no limits of their own. Connections with
 	// different values are not interchangeable.
 	Security *Security
@@ -231,13 +234,14 @@ func (p *Pool) closeBefore(limit time.Time) {
 	}
 }
 
-// Retire closes the idle connections to these addresses. Those in use are closed when their requests have ended.
-func (p *Pool) Retire(addresses map[netip.AddrPort]struct{}) {
-	p.Stats.open.Retire(addresses)
+// Retire closes the idle connections of these groups. Those in use are closed when their requests have ended, and so are those
+// that are being dialled.
+func (p *Pool) Retire(groups map[*tcp.Group]struct{}) {
+	p.Stats.open.Retire(groups)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for target, s := range p.idle {
-		if _, ok := addresses[target.Address]; !ok {
+		if _, ok := groups[target.Group]; !ok {
 			continue
 		}
 		for i := range s.conns {
