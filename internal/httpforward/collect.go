@@ -124,10 +124,12 @@ func (x *exchange) bodyDeadline(quiet time.Time) (at time.Time, late *reply) {
 	return quiet, &replyIdleUnread
 }
 
-// await waits for an answer, for as long as the request may be silent or unfinished. An error means that the exchange is over:
-// as in pause, also if downstream half-closes. x.late is the reply then; nil: the connection ends.
+// await waits for an answer, for as long as the request may be silent or unfinished. If more of it has arrived than is kept, the
+// wait does not count as time in which it had to arrive. An error means that the exchange is over: as in pause, also if downstream
+// half-closes. x.late is the reply then; nil: the connection ends.
 func (x *exchange) await(c Check) error {
 	s := x.s
+	asked, end := time.Now(), x.arriveEnd
 	c.Notify(s.w.Wake)
 	quiet := after(x.settings.IdleTimeout)
 	deadline, late := x.bodyDeadline(quiet)
@@ -142,29 +144,46 @@ func (x *exchange) await(c Check) error {
 		}
 		switch err := s.w.Wait(deadline, s.Down, s.up); {
 		case err == nil:
-		case !errors.Is(err, tcp.ErrDeadline):
+		case !errors.Is(err, tcp.ErrDeadline) || late == nil:
 			return err
-		case late == &replyUnfinished && x.complete():
+		default:
+			if !x.fill() && !x.complete() {
+				x.late = late
+				return err
+			}
+			if late == &replyIdleUnread {
+				x.late = &replyIdle
+				return err
+			}
 			x.arriveEnd = time.Time{}
 			deadline, late = x.bodyDeadline(quiet)
-		default:
-			if x.late = late; late == &replyIdleUnread && x.complete() {
-				x.late = &replyIdle
-			}
-			return err
 		}
+	}
+	if !end.IsZero() && x.fill() {
+		x.arriveEnd = end.Add(time.Since(asked))
 	}
 	return nil
 }
 
-// complete reports whether the whole request has arrived. It reads what waits in the kernel, as far as an ordinary buffer has
-// room for it: the wait did not read.
+// fill reads what waits in the kernel, since a wait for an answer did not read. It reports whether an ordinary buffer has no room
+// for all of it.
+func (x *exchange) fill() (full bool) {
+	s := x.s
+	for {
+		_, err := s.Read.Fill(s.Down)
+		switch {
+		case err == nil:
+		case err != tcp.ErrFull:
+			return false
+		case !s.Read.Grow(ordinaryHead):
+			return true
+		}
+	}
+}
+
+// complete reports whether the whole request is in the buffer.
 func (x *exchange) complete() bool {
 	s := x.s
-	for more := true; more; {
-		_, err := s.Read.Fill(s.Down)
-		more = err == nil || err == tcp.ErrFull && s.Read.Grow(ordinaryHead)
-	}
 	framing, err := x.requestHead.RequestFraming(x.head())
 	if err != nil {
 		return false // it has been accepted before, so this does not happen

@@ -85,6 +85,7 @@ func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
 	silent := recorded{reason: flow.IdleTimeout, flags: "SI", details: "stream_idle_timeout"}
 	late := recorded{reason: flow.HeadTimeout, details: "request_overall_timeout"}
 	part := func(w io.Writer) { io.WriteString(w, "part") }
+	large := func(w io.Writer) { w.Write(make([]byte, 1<<20)) }
 	slowly := func(w io.Writer) {
 		ticker := time.NewTicker(time.Millisecond)
 		defer ticker.Stop()
@@ -103,6 +104,7 @@ func TestRequestsThatExceedTheLimitsOfTheEdgeAreAnswered(t *testing.T) {
 		"a slow request, collected": {wholeRequest, "/", slowly, 408, "request timeout", late, true, false},
 		"asked":                     {silence, "/", nil, 504, "stream timeout", silent, false, true},
 		"unfinished, asked":         {silence, "/", part, 408, "stream timeout", silent, false, true},
+		"more than is kept, asked":  {silence, "/", large, 504, "stream timeout", silent, false, true},
 		"a slow request, asked":     {wholeRequest, "/", slowly, 408, "request timeout", late, false, true},
 	} {
 		for _, two := range []bool{false, true} {
@@ -174,12 +176,21 @@ func (c *limitCase) run(t testing.TB, limit time.Duration, two bool) error {
 // A request whose body arrives while it waits for an answer does not exceed the limit of its arrival, however long it waits.
 func TestAnArrivedRequestWaitsForItsAnswer(t *testing.T) {
 	t.Parallel()
-	for _, length := range []int64{-1, 5} {
+	const large = 1 << 20 // more than is kept while the request waits
+	for _, c := range []struct {
+		length int64
+		body   int
+		want   string
+	}{
+		{-1, 5, "200 OK"}, {5, 5, "200 OK"},
+		{-1, large, "200 OK"}, {large, large, "200 OK"},
+		{2 * large, large, "408 Request Timeout"}, // it does not arrive behind the answer either
+	} {
 		for _, two := range []bool{false, true} {
-			t.Run(fmt.Sprintf("length %d, HTTP/2 %v", length, two), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%d bytes, length %d, HTTP/2 %v", c.body, c.length, two), func(t *testing.T) {
 				t.Parallel()
 				nettest.UnderLimit(t, 100*time.Millisecond, func(t testing.TB, limit time.Duration) {
-					if err := waitBeyond(t, limit, length, two); err != nil {
+					if err := waitBeyond(t, limit, c.length, c.body, two, c.want); err != nil {
 						t.Error(err)
 					}
 				})
@@ -190,7 +201,7 @@ func TestAnArrivedRequestWaitsForItsAnswer(t *testing.T) {
 
 // waitBeyond sends two requests that wait for an answer, of which the second does not arrive. It answers the first after the
 // second has exceeded the limit.
-func waitBeyond(t testing.TB, limit time.Duration, length int64, two bool) error {
+func waitBeyond(t testing.TB, limit time.Duration, length int64, body int, two bool, want string) error {
 	t.Helper()
 	r, client := slowEdge(t, wholeRequest(limit), two)
 	defer client.CloseIdleConnections()
@@ -211,7 +222,9 @@ func waitBeyond(t testing.TB, limit time.Duration, length int64, two bool) error
 		answer := make(chan string, 1)
 		go func() {
 			request, _ := http.NewRequestWithContext(t.Context(), "POST", "http://"+r.address+path, body)
-			request.ContentLength = length
+			if path == "/first" {
+				request.ContentLength = length
+			}
 			response, err := client.Do(request)
 			if err != nil {
 				answer <- err.Error()
@@ -230,15 +243,19 @@ func waitBeyond(t testing.TB, limit time.Duration, length int64, two bool) error
 		defer first.mu.Unlock()
 		return first.ready != nil
 	})
-	io.WriteString(to, "whole")
-	to.Close()
+	go func() {
+		to.Write(make([]byte, body))
+		if length < 0 || length == int64(body) {
+			to.Close()
+		}
+	}()
 	never, hold := io.Pipe()
 	defer hold.Close()
 	if late := <-post("/second", never); late != "408 Request Timeout" {
 		return fmt.Errorf("the second request: %s", late)
 	}
 	first.answer()
-	if got := <-passed; got != "200 OK" || first.canceled.Load() != 0 {
+	if got := <-passed; got != want || first.canceled.Load() != 0 {
 		return fmt.Errorf("the first request: %s", got)
 	}
 	return nil

@@ -30,6 +30,7 @@ type call struct {
 	decision, previous Decision
 	check              Check             // of the last decision that needed an answer; may be nil
 	asking             bool              // check has no answer yet
+	askedAt            time.Time         // when asking was set
 	body               *Collected        // until the call is decided about; nil: its body was not needed
 	collecting         uint32            // Decision.Collect, of a body that is not collected yet; zero: none
 	policy             *mesh.RetryPolicy // nil: no retry is left, or allowed

@@ -4,6 +4,7 @@ package httpforward
 // own. Other calls go on, and the body of this one waits within the window of its stream.
 func (h *hub) ask(c *call, check Check) {
 	c.check, c.asking, c.referred = check, true, true
+	c.askedAt = h.now()
 	h.asking = append(h.asking, c)
 	check.Notify(func() {
 		h.answered.Store(true)
@@ -32,8 +33,16 @@ func (h *hub) resumeAnswered() {
 		case !c.check.Answered():
 			h.asking = append(h.asking, c)
 		default:
+			if c.stalled() && !c.arriveEnd.IsZero() {
+				c.arriveEnd = c.arriveEnd.Add(h.now().Sub(c.askedAt))
+				h.watch(c.arriveEnd)
+			}
 			c.asking = false
 			h.decide(c)
 		}
 	}
 }
+
+// stalled reports whether the rest of the request cannot arrive before the question about it is answered: the client has used
+// all its credit. That time does not count for arriveEnd.
+func (c *call) stalled() bool { return c.asking && !c.request.ended && c.req.credit <= 0 }

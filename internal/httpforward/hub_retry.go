@@ -317,11 +317,11 @@ func (c *call) late(now time.Time) *reply {
 	switch {
 	case passed(c.headEnd) && !c.begun:
 		return &replyRequestTimeout
-	case passed(c.arriveEnd) && !c.begun && !c.request.ended:
+	case passed(c.arriveEnd) && !c.begun && !c.request.ended && !c.stalled():
 		return &replyUnfinished
 	case !passed(c.quietEnd()):
 		return nil
-	case c.request.ended:
+	case c.request.ended || c.stalled():
 		return &replyIdle
 	}
 	return &replyIdleUnread
