@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"sync"
@@ -48,8 +49,8 @@ type Store struct {
 	tasks  sync.WaitGroup
 	now    func() time.Time
 
-	mu   sync.Mutex
-	sets map[source]*set
+	sets atomic.Pointer[map[source]*set] // never changed; replaced with mu held
+	mu   sync.Mutex                      // not needed for keys that are recent
 
 	fetched, failed atomic.Uint64
 }
@@ -57,19 +58,41 @@ type Store struct {
 // source is where keys are fetched from.
 type source struct{ cluster, uri string }
 
-// set is what is known of a source. Its fields are guarded by Store.mu.
+// set is what is known of a source. Its other fields are guarded by Store.mu.
 type set struct {
-	keys     *jwt.KeySet   // nil: not fetched yet
-	since    time.Time     // of keys
+	last atomic.Pointer[result] // nil: not fetched yet
+	used atomic.Int64           // in Unix nanoseconds, to a second
+
 	renewed  time.Time     // when a token last asked for another key
 	retry    time.Time     // no fetch begins before
 	fetching chan struct{} // closed when the fetch ends; nil: no fetch is in progress
-	used     time.Time
+}
+
+// result is the keys of a fetch. It is never changed.
+type result struct {
+	keys  *jwt.KeySet
+	since time.Time
+}
+
+// within returns the keys if they are younger than age; r may be nil.
+func (r *result) within(age time.Duration, now time.Time) *jwt.KeySet {
+	if r == nil || now.Sub(r.since) >= age {
+		return nil
+	}
+	return r.keys
+}
+
+// use notes that the set is used. Most calls write nothing, because other processors read the set.
+func (k *set) use(now time.Time) {
+	if at := now.UnixNano(); at-k.used.Load() >= int64(time.Second) {
+		k.used.Store(at)
+	}
 }
 
 // New returns an empty Store. log may be nil.
 func New(getter Getter, log *slog.Logger) *Store {
-	s := &Store{getter: getter, log: log, now: time.Now, sets: map[source]*set{}}
+	s := &Store{getter: getter, log: log, now: time.Now}
+	s.sets.Store(&map[source]*set{})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -88,31 +111,44 @@ func (s *Store) Stats() (fetched, failed uint64) { return s.fetched.Load(), s.fa
 // Keys implements jwt.Keys. It begins a fetch if there is need of one. While as many sets as are kept are being fetched, those of
 // other sources count as not fetched.
 func (s *Store) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
+	now, life := s.now(), max(from.CacheFor, shortestCache)
+	if k := s.known(from); k != nil {
+		if keys := k.last.Load().within(life, now); keys != nil {
+			k.use(now)
+			return keys, true
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k, now := s.set(from), s.now()
+	k := s.set(from, now)
 	if k == nil {
 		return nil, true
 	}
-	age, life := now.Sub(k.since), max(from.CacheFor, shortestCache)
-	if k.keys == nil || age >= life {
+	last := k.last.Load()
+	if last.within(life, now) == nil {
 		s.fetch(k, from, now)
 	}
-	if k.keys != nil && age < 2*life {
-		return k.keys, true
+	if keys := last.within(2*life, now); keys != nil {
+		return keys, true
 	}
 	return nil, k.fetching == nil
+}
+
+// known returns the set of a source; nil: there is none.
+func (s *Store) known(from *mesh.RemoteKeys) *set {
+	return (*s.sets.Load())[source{from.Service.Cluster, from.Service.URI}]
 }
 
 // Renew implements jwt.Keys.
 func (s *Store) Renew(from *mesh.RemoteKeys) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k, now := s.set(from), s.now()
+	now := s.now()
+	k := s.set(from, now)
 	if k == nil {
 		return false
 	}
-	if k.fetching == nil && now.Sub(k.since) >= renewalPause && now.Sub(k.renewed) >= renewalPause {
+	if k.fetching == nil && k.last.Load().within(renewalPause, now) == nil && now.Sub(k.renewed) >= renewalPause {
 		k.renewed = now
 		s.fetch(k, from, now)
 	}
@@ -130,38 +166,40 @@ func (s *Store) Early(from *mesh.RemoteKeys) {
 func (s *Store) Fetched(from *mesh.RemoteKeys) <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if k := s.set(from); k != nil {
+	if k := s.set(from, s.now()); k != nil {
 		return k.fetching
 	}
 	return nil
 }
 
 // set returns the set of a source; nil: there is no room for it. s.mu is held.
-func (s *Store) set(from *mesh.RemoteKeys) *set {
-	at := source{from.Service.Cluster, from.Service.URI}
-	k := s.sets[at]
+func (s *Store) set(from *mesh.RemoteKeys, now time.Time) *set {
+	k := s.known(from)
 	if k == nil {
-		if len(s.sets) >= maxSets && !s.forget() {
+		sets := maps.Clone(*s.sets.Load())
+		if len(sets) >= maxSets && !forget(sets) {
 			return nil
 		}
 		k = &set{}
-		s.sets[at] = k
+		sets[source{from.Service.Cluster, from.Service.URI}] = k
+		s.sets.Store(&sets)
 	}
-	k.used = s.now()
+	k.use(now)
 	return k
 }
 
-// forget drops the set that was not used for the longest time. It returns false if all are being fetched. s.mu is held.
-func (s *Store) forget() bool {
+// forget drops the set that was not used for the longest time. It returns false if all are being fetched. Store.mu is held.
+func forget(sets map[source]*set) bool {
 	var oldest source
-	var at time.Time
-	for source, k := range s.sets {
-		if k.fetching == nil && (at.IsZero() || k.used.Before(at)) {
-			oldest, at = source, k.used
+	var at int64
+	found := false
+	for source, k := range sets {
+		if used := k.used.Load(); k.fetching == nil && (!found || used < at) {
+			oldest, at, found = source, used, true
 		}
 	}
-	delete(s.sets, oldest)
-	return !at.IsZero()
+	delete(sets, oldest)
+	return found
 }
 
 // fetch begins a fetch, except while one is in progress or has just failed. s.mu is held.
@@ -191,7 +229,7 @@ func (s *Store) run(k *set, from *mesh.RemoteKeys) {
 		return
 	}
 	s.fetched.Add(1)
-	k.keys, k.since = keys, s.now()
+	k.last.Store(&result{keys, s.now()})
 }
 
 // errContent is that of an answer that another attempt would not change.

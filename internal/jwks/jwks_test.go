@@ -41,6 +41,35 @@ func TestKeysThatAreNotKeptServeTheRequestThatWaitedForThem(t *testing.T) {
 	}
 }
 
+// Requests whose keys are recent do not wait for each other, for other sources, or for the end of a fetch.
+func TestRecentKeysNeedNoLock(t *testing.T) {
+	from := &mesh.RemoteKeys{Service: mesh.HTTPService{Cluster: "c", URI: "http://issuer/keys"}, CacheFor: time.Hour}
+	s := New(new(issuer), nil)
+	defer s.Close()
+	s.Keys(from)
+	if fetched := s.Fetched(from); fetched != nil {
+		<-fetched
+	}
+	s.mu.Lock()
+	found := make(chan bool, 1)
+	go func() {
+		keys, known := s.Keys(from)
+		found <- keys != nil && known
+	}()
+	select {
+	case ok := <-found:
+		if !ok {
+			t.Error("there are no keys")
+		}
+	case <-time.After(nettest.Patience):
+		t.Error("recent keys are behind the lock")
+	}
+	s.mu.Unlock()
+	if n := testing.AllocsPerRun(100, func() { s.Keys(from) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
 // silent answers when it is released, or the fetch ends.
 type silent chan struct{}
 
@@ -74,7 +103,7 @@ func TestFetchesInProgressAreBounded(t *testing.T) {
 			t.Fatalf("beyond the bound: %v, %v", keys, known)
 		}
 	}
-	if n := len(s.sets); n != maxSets {
+	if n := len(*s.sets.Load()); n != maxSets {
 		t.Errorf("there are %d sets", n)
 	}
 	if _, known := s.Keys(from(0)); known {
