@@ -411,15 +411,21 @@ func TestAQueryWhoseOPTIsDroppedIsRepeatedWithoutIt(t *testing.T) {
 	})
 }
 
+// behindDead starts a resolver with a dead server, whose queries are counted, and another one behind it.
+func behindDead(t testing.TB, limit time.Duration) (r *resolver, asked *atomic.Int32, now *clock) {
+	t.Helper()
+	asked = new(atomic.Int32)
+	dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
+	r = prepare(t, addrs(dead, standing(t, fixed())), within(limit))
+	now = &clock{at: time.Now()}
+	r.now = now.now
+	r.Start()
+	return r, asked, now
+}
+
 func TestADeadServerIsQueriedLastForAWhile(t *testing.T) {
 	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
-		var asked atomic.Int32
-		dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
-		alive := standing(t, fixed())
-		r := prepare(t, addrs(dead, alive), within(limit))
-		now := &clock{at: time.Now()}
-		r.now = now.now
-		r.Start()
+		r, asked, now := behindDead(t, limit)
 		for i, c := range []struct {
 			later time.Duration
 			want  int32
@@ -459,13 +465,7 @@ func TestAServerIsNotDeadWhenThisProcessLacksDescriptors(t *testing.T) {
 // One query tries a dead server again; the others do not wait for its result.
 func TestOneQueryTriesADeadServerAgain(t *testing.T) {
 	nettest.UnderLimit(t, soon, func(t testing.TB, limit time.Duration) {
-		var asked atomic.Int32
-		dead := packets(t, func([]byte) [][]byte { asked.Add(1); return nil })
-		alive := standing(t, fixed())
-		r := prepare(t, addrs(dead, alive), within(limit))
-		now := &clock{at: time.Now()}
-		r.now = now.now
-		r.Start()
+		r, asked, now := behindDead(t, limit)
 		r.ask(t, "udp", question("first.example.", dns.TypeA))
 		now.add(deadTime)
 		var all sync.WaitGroup

