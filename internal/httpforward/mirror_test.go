@@ -79,6 +79,7 @@ func TestCopiesAreWholeAndTheirResponsesAreDropped(t *testing.T) {
 		if copied, dropped := r.pool.Stats.Copied.Load(), r.pool.Stats.CopiesDropped.Load(); copied != 2 || dropped != 0 {
 			t.Errorf("%d copies sent and %d dropped", copied, dropped)
 		}
+		r.records.await(t, 0) // the client may read the response before the record closes
 		if n := r.records.count(); n != 1 {
 			t.Errorf("%d records, want that of the request", n)
 		}
@@ -150,8 +151,7 @@ func TestARequestDoesNotSufferFromItsCopies(t *testing.T) {
 	}()
 	held := &leases{}
 	r := newRig(t, home, false, plain)
-	plan := &route.Plan{Timeout: 2 * time.Second} // ends the copies that are silent
-	r.set(func() { r.router = mirrored(held, plan, &mesh.Mirror{}, silent, gone, nonsense) })
+	r.set(func() { r.router = mirrored(held, new(route.Plan), &mesh.Mirror{}, silent, gone, nonsense) })
 	var most atomic.Int32
 	var clients sync.WaitGroup
 	for range 4 {
@@ -177,6 +177,7 @@ func TestARequestDoesNotSufferFromItsCopies(t *testing.T) {
 		})
 	}
 	clients.Wait()
+	silent.listener.Close() // resets the connections that it has not accepted, and so ends the copies that wait for answers
 	held.check(t, nil)
 	if n := most.Load(); n > maxCopies+4 { // the counter is above the limit for a moment when a copy is refused
 		t.Errorf("%d copies at a time", n)
