@@ -432,6 +432,8 @@ func readChain(c *listener.FilterChain) *mesh.FilterChain {
 			want.Policies = append(want.Policies, mesh.NetworkFilter{Name: filter.Name, Type: strings.TrimPrefix(config.TypeUrl, "type.googleapis.com/"), ExtAuthz: policy})
 		case ".SniCluster":
 			want.ClusterIsSNI = true
+		case ".MetadataExchange":
+			want.HasMetadata = true
 		case ".TypedStruct":
 			want.HasMetadata = want.HasMetadata || strings.HasSuffix(unpack(config.Value, &udpa.TypedStruct{}).TypeUrl, ".MetadataExchange")
 		}
@@ -694,6 +696,25 @@ func readLogFilter(f *accesslog.AccessLogFilter) *mesh.LogFilter {
 		}
 	}
 	return want
+}
+
+// The filter of metadata exchange has its type in a TypedStruct, or by itself.
+func TestMetadataExchangeByItsOwnType(t *testing.T) {
+	const name = "envoy.tcp.metadataexchange.config.MetadataExchange"
+	for _, typed := range []*anypb.Any{packed(&udpa.TypedStruct{TypeUrl: "type.googleapis.com/" + name}), {TypeUrl: "type.googleapis.com/" + name}} {
+		l := wideListener()
+		l.DefaultFilterChain.Filters[1].ConfigType = &listener.Filter_TypedConfig{TypedConfig: typed}
+		b, err := proto.Marshal(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, findings, err := mesh.DecodeListener(b)
+		if err != nil || len(understood(findings)) > 0 || !got.Default.HasMetadata {
+			t.Errorf("%s: %v, %v", typed.TypeUrl, err, findings)
+			continue
+		}
+		compareListeners(t, typed.TypeUrl, got, readListener(l))
+	}
 }
 
 // A listener that was changed at random is decoded as by the generated types, has findings, or is an error.
