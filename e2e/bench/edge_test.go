@@ -95,7 +95,7 @@ func (p *meshPod) accepting(t testing.TB, ports []int, certificate string) conte
 		}
 	}
 	return contender{name: namePillion, root: true, command: command, before: func(t testing.TB, ns *nettest.Namespace) {
-		cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-services", file)
+		cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-services", file, "-follow", "0")
 		cmd.Stderr = os.Stderr
 		ns.Start(t, cmd)
 	}}

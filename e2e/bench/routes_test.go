@@ -94,7 +94,7 @@ func (p *meshPod) routing(t testing.TB, ports []int, secured bool) contender {
 		name: namePillion, root: true,
 		command: p.carrying(),
 		before: func(t testing.TB, ns *nettest.Namespace) {
-			cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-services", file)
+			cmd := ns.Command(0, 0, p.programs.istiod, "-directory", p.directory, "-services", file, "-follow", "0")
 			cmd.Stderr = os.Stderr
 			ns.Start(t, cmd)
 		},

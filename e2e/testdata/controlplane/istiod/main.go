@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"time"
 
 	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -45,14 +46,15 @@ func main() {
 	push := flag.String("push", "", "recorded push that is served in place of a configuration: sidecar, or thousand with 1,000 services")
 	outbound := flag.String("outbound", "", "IPv4 address and port of a server of HTTP whose sidecar requires mutual TLS")
 	services := flag.String("services", "", "file with a service of HTTP; each change of it is pushed")
+	interval := flag.Duration("follow", 2*time.Millisecond, "how often a change of the services is looked for; 0: never")
 	policies := flag.Int("policies", -1, "number of authorization policies for requests inside mutual TLS, with 10 rules each; -1: it has no chain for HTTP")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services, *policies); err != nil {
+	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services, *interval, *policies); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, outbound, token, push, services string, policies int) error {
+func run(port, directory, mtls, outbound, token, push, services string, interval time.Duration, policies int) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
@@ -63,7 +65,7 @@ func run(port, directory, mtls, outbound, token, push, services string, policies
 	if port == "0" { // only the files
 		return writeCertificate(authority, filepath.Join(directory, "workload.pem"))
 	}
-	service, err := discoveryOf(mtls, outbound, push, services, policies)
+	service, err := discoveryOf(mtls, outbound, push, services, interval, policies)
 	if err != nil {
 		return err
 	}
@@ -94,13 +96,13 @@ func writeCertificate(authority *ca.Authority, file string) error {
 }
 
 // discoveryOf returns what serves resources.
-func discoveryOf(mtls, outbound, push, services string, policies int) (discovery.AggregatedDiscoveryServiceServer, error) {
+func discoveryOf(mtls, outbound, push, services string, interval time.Duration, policies int) (discovery.AggregatedDiscoveryServiceServer, error) {
 	if push != "" {
 		return newReplay(push)
 	}
 	snapshots := cache.NewSnapshotCache(true, everyNode{}, nil)
 	if services != "" {
-		if err := follow(snapshots, services, mtls == "STRICT"); err != nil {
+		if err := follow(snapshots, services, interval, mtls == "STRICT"); err != nil {
 			return nil, err
 		}
 		return server.NewServer(context.Background(), snapshots, server.CallbackFuncs{}), nil

@@ -77,8 +77,8 @@ type rule struct {
 	Mirror     string        // cluster; empty: none
 }
 
-// follow serves the services of a file, and pushes each change of it.
-func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
+// follow serves the services of a file, and pushes each change of it. It looks for changes at this interval; 0: it does not.
+func follow(snapshots cache.SnapshotCache, file string, interval time.Duration, strict bool) error {
 	content, err := os.ReadFile(file)
 	if err != nil {
 		return err
@@ -101,13 +101,13 @@ func follow(snapshots cache.SnapshotCache, file string, strict bool) error {
 		}
 		return snapshots.SetSnapshot(context.Background(), "", snapshot)
 	}
-	if err := push(1); err != nil {
+	if err := push(1); err != nil || interval == 0 {
 		return err
 	}
 	go func() {
 		for version := 2; ; version++ {
 			for {
-				time.Sleep(2 * time.Millisecond)
+				time.Sleep(interval)
 				if next, err := os.ReadFile(file); err == nil && !bytes.Equal(next, content) {
 					content = next
 					break
