@@ -33,6 +33,7 @@ type writer struct {
 	done    chan struct{}
 	written atomic.Uint64
 	warning sync.WaitGroup // the goroutine that logs dropped lines
+	waits   bool           // the sink takes no write that must not wait; set by the goroutine that writes
 
 	mu      sync.Mutex
 	file    *os.File // nil: not opened yet
@@ -284,7 +285,7 @@ func (w *writer) write(chunk []byte) {
 		if w.file == nil {
 			pause, err = openDelay, w.begin()
 		} else {
-			n, err = w.file.Write(chunk[at:])
+			n, err = w.send(chunk[at:])
 		}
 		w.written.Add(uint64(bytes.Count(chunk[at:at+n], []byte{'\n'})))
 		at += n
@@ -308,6 +309,17 @@ func (w *writer) write(chunk []byte) {
 		}
 		again.Stop()
 	}
+}
+
+// send writes to the sink: what it takes at once or, if that is nothing, as package os does.
+func (w *writer) send(chunk []byte) (int, error) {
+	if !w.waits {
+		n, able := writeNow(w.file, chunk)
+		if w.waits = !able; n > 0 {
+			return n, nil
+		}
+	}
+	return w.file.Write(chunk)
 }
 
 // begin opens a sink that is not open.
@@ -383,6 +395,7 @@ func (w *writer) swap() bool {
 	if next == nil {
 		return false
 	}
+	w.waits = false
 	if old != nil {
 		old.Close() // it may block
 	}

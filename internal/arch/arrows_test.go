@@ -199,6 +199,7 @@ var rawCalls = map[string]string{
 	"internal/sockopt":   "original destinations and the other socket options",
 	"internal/tcp":       "connections that never block, and the epoll set that watches them",
 	"internal/relay":     "the pipes that splice needs",
+	"internal/accesslog": "writes that must not wait, past the scheduler",
 	"agent":              "unmapping the program's pages after the start; whether a directory is in memory",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
@@ -214,6 +215,7 @@ var rawCalls = map[string]string{
 
 // unsafeRooms may use unsafe, most of them to pass memory to the kernel.
 var unsafeRooms = map[string]string{
+	"internal/accesslog":   "writes past the scheduler",
 	"internal/httpforward": "a router reads the fields of a header block, which are strings, without a copy",
 	"internal/sockopt":     "socket options past the scheduler",
 	"internal/tcp":         "system calls past the scheduler",
