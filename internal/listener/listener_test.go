@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -266,4 +267,73 @@ func lowerDescriptorLimit(t *testing.T) {
 		t.Fatal(fmt.Errorf("lowering the descriptor limit: %w", err))
 	}
 	t.Cleanup(func() { syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before) })
+}
+
+// naming sends the name of the goroutine that serves a connection, and serves it until its client closes it.
+type naming chan string
+
+func (n naming) ServeConn(_ context.Context, conn *tcp.Conn) {
+	var trace [32]byte
+	name, _, _ := strings.Cut(string(trace[:runtime.Stack(trace[:], false)]), " [")
+	n <- name
+	w := tcp.NewWaiter(context.Background())
+	defer w.Close()
+	defer conn.Close()
+	for {
+		if _, err := conn.Read(trace[:]); err != tcp.ErrAgain {
+			return
+		}
+		if w.Wait(time.Time{}, conn, nil) != nil {
+			return
+		}
+	}
+}
+
+func (naming) Refuse(conn *tcp.Conn) { conn.Reset() }
+
+// The stack of a goroutine that has served a connection has grown already.
+func TestGoroutinesServeSeveralConnections(t *testing.T) {
+	poller, err := tcp.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer poller.Close()
+	ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := make(naming)
+	s := &Server{Name: "test", Listeners: []*tcp.Listener{ln}, Handler: names, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
+	s.Start()
+	defer s.Abort()
+	defer s.Stop()
+	served := func() (net.Conn, string) {
+		conn := dial(t, s, 0)
+		select {
+		case name := <-names:
+			return conn, name
+		case <-time.After(patience):
+			t.Fatal("a connection was not served")
+		}
+		return nil, ""
+	}
+	known := map[string]bool{}
+	nettest.Eventually(t, "a goroutine to serve a second connection", func() bool {
+		conn, name := served()
+		conn.Close()
+		again := known[name]
+		known[name] = true
+		return again
+	})
+	var open []net.Conn
+	for range 2 * maxWarm {
+		conn, _ := served()
+		open = append(open, conn)
+	}
+	for _, conn := range open {
+		conn.Close()
+	}
+	nettest.Eventually(t, "as many goroutines as may wait to wait", func() bool { return s.Active() == 0 && s.warm.Load() == maxWarm })
+	s.Stop()
+	nettest.Eventually(t, "the goroutines to end", func() bool { return s.warm.Load() == 0 })
 }
