@@ -190,10 +190,12 @@ func (s *Snapshot) RestrictsRequests(chain *FilterChain) bool {
 // JudgesRequests reports whether h has policies that look at requests, also if they only log: their verdicts are recorded, and
 // routes may depend on them.
 func (s *Snapshot) JudgesRequests(h *HTTPManager) bool {
-	return slices.ContainsFunc(h.Filters, func(f HTTPFilter) bool {
-		now := s.Filter(&f)
-		return now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil
-	})
+	for i := range h.Filters {
+		if now := s.Filter(&h.Filters[i]); now == nil || now.RBAC != nil || now.JWT != nil || now.ExtAuthz != nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (l *Listener) inspects(kind ListenerFilterKind, port uint16) bool {

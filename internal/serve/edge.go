@@ -5,14 +5,39 @@ import (
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
-// edgeOf returns the treatment of requests from outside of the mesh; nil: those of h come from inside. It is made once and kept
-// with h. Snapshots share h.
+// managed is what the requests that an HTTP manager is for need of it. It is made once and kept with the manager. Snapshots share
+// that.
+type managed struct {
+	edge  *httpforward.Edge       // the treatment of requests from outside of the mesh; nil: they come from inside
+	plain *httpforward.PeerFields // the treatment of requests whose client has no certificate
+}
+
+func managedOf(h *mesh.HTTPManager) *managed {
+	if known, ok := h.Compiled.Load().(*managed); ok {
+		return known
+	}
+	action := httpforward.RemoveClientCert
+	if h.ClientCert == mesh.AlwaysForwardClientCert {
+		action = httpforward.KeepClientCert
+	}
+	made := &managed{newEdge(h), treatment(action, h)}
+	if h.Compiled.CompareAndSwap(nil, made) {
+		return made
+	}
+	return h.Compiled.Load().(*managed)
+}
+
+// edgeOf returns the treatment of requests from outside of the mesh; nil: those of h come from inside. h may be nil.
 func edgeOf(h *mesh.HTTPManager) *httpforward.Edge {
-	if h == nil || !h.UseRemoteAddress {
+	if h == nil {
 		return nil
 	}
-	if known, ok := h.Compiled.Load().(*httpforward.Edge); ok {
-		return known
+	return managedOf(h).edge
+}
+
+func newEdge(h *mesh.HTTPManager) *httpforward.Edge {
+	if !h.UseRemoteAddress {
+		return nil
 	}
 	made := &httpforward.Edge{
 		TrustedHops: int(min(h.TrustedHops, maxTrustedHops)), Internal: h.Internal, KeepFor: h.SkipXFFAppend, Port: h.AppendPort,
@@ -27,10 +52,7 @@ func edgeOf(h *mesh.HTTPManager) *httpforward.Edge {
 	case h.StripMatchingPort:
 		made.StripPort = httpforward.StripOwn
 	}
-	if h.Compiled.CompareAndSwap(nil, made) {
-		return made
-	}
-	return h.Compiled.Load().(*httpforward.Edge)
+	return made
 }
 
 // Bounds of what a configuration may ask for. That of heads is Envoy's.

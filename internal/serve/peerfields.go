@@ -94,13 +94,10 @@ func (c *Conn) clientFields() *httpforward.PeerFields {
 
 // withoutClient is peerFields for clients without a certificate. h may be nil.
 func withoutClient(h *mesh.HTTPManager) *httpforward.PeerFields {
-	switch {
-	case h == nil:
+	if h == nil {
 		return nil
-	case h.ClientCert == mesh.AlwaysForwardClientCert:
-		return treatment(httpforward.KeepClientCert, h)
 	}
-	return treatment(httpforward.RemoveClientCert, h)
+	return managedOf(h).plain
 }
 
 // sameClientCert reports whether the certificate of a client is shown in the same way.

@@ -23,7 +23,7 @@ type routing struct {
 	info   mesh.ConnInfo
 	inside secure.Inside
 
-	accepted accepted // of a gateway
+	accepted *accepted // of a gateway; otherwise nil
 
 	judged  *mesh.Snapshot // by the last request, and what follows from it; of a gateway, the last one with a filter chain
 	manager *mesh.HTTPManager
@@ -54,27 +54,38 @@ type routing struct {
 func (c *Conn) newRouting(g *governed) *routing {
 	r := &routing{role: c.role, info: c.info(), inside: inside(c.protocol), client: g.peers, names: g.names}
 	if c.role.gateway {
-		r.accepted = c.accepted()
-		r.info = r.accepted.info
+		accepted := c.accepted()
+		r.accepted, r.info = &accepted, accepted.info
 	}
 	r.request.Downstream, r.request.Local = c.Record.Downstream, c.Record.OriginalDestination
 	r.pick.Original = c.Record.OriginalDestination
 	if c.protocol == sniff.HTTP2 {
 		r.pick.Kind = balance.HTTP2
 	}
-	r.judge(g.snapshot)
+	if c.role.gateway { // inside TLS it may meet another filter chain
+		r.judge(g.snapshot)
+	} else {
+		r.follow(g.snapshot, g.chain)
+	}
 	return r
 }
 
 // judge finds the routes of the connection in a snapshot.
 func (r *routing) judge(s *mesh.Snapshot) {
+	if chain, refusal := r.role.meet(s, &r.info); refusal != "" {
+		r.follow(s, nil)
+		r.refused = route.Refused
+	} else {
+		r.follow(s, chain)
+	}
+}
+
+// follow finds the routes of the filter chain that the connection meets in a snapshot. chain may be nil.
+func (r *routing) follow(s *mesh.Snapshot, chain *mesh.FilterChain) {
 	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
-	chain, refusal := r.role.meet(s, &r.info)
 	r.recorded = r.role.recorded(s, chain)
 	switch {
-	case refusal != "":
-		r.refused = route.Refused
-	case r.role.gateway && chain.HTTP == nil:
+	case r.role.gateway && chain != nil && chain.HTTP == nil:
 		r.refused = refusedChain
 	case chain == nil || chain.HTTP == nil:
 		// The destination is no longer one of HTTP. The connection goes on as one without a listener.

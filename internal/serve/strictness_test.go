@@ -80,7 +80,9 @@ func (c *chance) passes(chain *mesh.FilterChain, side string) bool {
 		_, reply, _ := (&gate{subject: subject}).pass(s, chain.HTTP, request)
 		return reply == nil
 	}
-	r := &routing{role: &Role{gateway: side == "gateway", flows: new(flow.Table)}, info: mesh.ConnInfo{Destination: at}, names: []string{c.name}}
+	r := &routing{
+		role: &Role{gateway: side == "gateway", flows: new(flow.Table)}, accepted: new(accepted), info: mesh.ConnInfo{Destination: at}, names: []string{c.name},
+	}
 	r.admit(s, chain)
 	if r.refused != nil || r.gate == nil {
 		return r.refused == nil
