@@ -71,6 +71,7 @@ func TestLinesDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
 	} {
 		for _, direction := range []flow.Direction{flow.Inbound, flow.Outbound} {
 			shared := connection(direction, flow.HTTP11, "")
+			shared.Requests.Store(2)
 			for i := range changes {
 				for j := range changes { // every pair
 					for _, change := range []int{i, j} {
@@ -87,6 +88,12 @@ func TestLinesDoNotDependOnEarlierRequestsOfTheConnection(t *testing.T) {
 		}
 	}
 	f, r := mustParse(t, ParseFormat, ""), request(flow.Inbound, flow.Completed)
+	r.Connection.Requests.Store(1)
+	lineOf(f, r)
+	if place.Get(r.Connection) != nil {
+		t.Error("text is cached for the only request of a connection")
+	}
+	r.Connection.Requests.Store(2)
 	lineOf(f, r)
 	if kept := f.steadyOf(r); !strings.HasPrefix(string(kept.text), `" "198.51.100.2:80" inbound|80|| `) || !strings.HasSuffix(string(kept.text), " - default") {
 		t.Errorf("cached text: %q", kept.text)

@@ -40,7 +40,8 @@ func (f *Format) build(l *line, r *flow.Record, lasted time.Duration) {
 var place = flow.NewPlace()
 
 // steadyText is the part of a line that nearly all requests of a connection share. Formatting its addresses would take
-// longer than the rest of the line. It is kept with the connection.
+// longer than the rest of the line. It is kept with the connection from its second request on, because many connections have
+// only one.
 type steadyText struct {
 	by              *Format
 	upstream, local netip.AddrPort
@@ -58,6 +59,8 @@ func (f *Format) steadyOf(r *flow.Record) *steadyText {
 	}
 	s, _ := place.Get(c).(*steadyText)
 	switch {
+	case s == nil && c.Requests.Load() < 2: // r is one of them
+		return nil
 	case s == nil:
 		s = new(steadyText)
 		place.Set(c, s)
