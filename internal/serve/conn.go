@@ -94,7 +94,7 @@ func (c *Conn) ReadFirst(detect bool) bool {
 		detect = true
 		c.awaitRequest()
 	}
-	if c.role.egress != nil {
+	if s.Wary = c.role.egress != nil; s.Wary {
 		s.Hold = max(s.Hold, nameTimeout)
 		if c.mustName() {
 			s.Delay = nameTimeout

@@ -70,9 +70,9 @@ func (c *Conn) Permit() bool {
 // it: a server might still find a name there.
 const unreadable = "?"
 
-// beginsTLS reports whether the bytes of an opaque connection begin like a record with a handshake of TLS.
+// beginsTLS reports whether the bytes of an opaque connection begin like TLS.
 func (c *Conn) beginsTLS() bool {
-	return c.sniffer.Read != nil && bytes.HasPrefix(c.sniffer.Read.Bytes(), []byte{22, 3})
+	return c.sniffer.Read != nil && sniff.BeginsTLS(c.sniffer.Read.Bytes())
 }
 
 // permit is the Router of HTTP connections with a policy: each request is judged by its authority, and those that are

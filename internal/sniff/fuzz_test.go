@@ -27,7 +27,13 @@ func FuzzClassify(f *testing.F) {
 	f.Fuzz(func(t *testing.T, first []byte) {
 		first = first[:min(len(first), 2000)] // the cost is quadratic
 		dribbled, at := Undecided, 0
+		wary := Undecided
 		for n := range len(first) + 1 {
+			if got := classifyWarily(first[:n]); wary == Undecided {
+				wary = got
+			} else if got != wary {
+				t.Fatalf("%s, and %s after %d bytes, if wary", protocolName(wary), protocolName(got), n)
+			}
 			switch got := classify(first[:n]); {
 			case got == dribbled:
 			case dribbled == Undecided:
@@ -37,10 +43,15 @@ func FuzzClassify(f *testing.F) {
 			}
 		}
 		line := requestLine.FindSubmatch(first)
+		if dribbled != Opaque && dribbled != wary {
+			t.Errorf("%s, and %s if wary", protocolName(dribbled), protocolName(wary))
+		}
 		parses := line != nil && parserAccepts(append(bytes.Clone(line[0]), "Host: a\r\n\r\n"...))
 		switch {
 		case parses && dribbled != HTTP1 && detectedMethod.Match(line[1]):
 			t.Errorf("%s, but the parser accepts %q", protocolName(dribbled), line[0])
+		case parses && wary != HTTP1 && bytes.IndexByte(line[0], '\r') == len(line[0])-2:
+			t.Errorf("%s if wary, but the parser accepts %q", protocolName(wary), line[0])
 		case dribbled == HTTP1 && !parses && !malformed.Match(first):
 			t.Errorf("HTTP/1, but %q is not a request", first)
 		}

@@ -33,6 +33,7 @@ type Sniffer struct {
 	Idle     time.Duration // how long Both waits while both sides are silent; zero or less: forever
 	Draining func() bool   // ends Both while both sides are silent; nil: never
 	Requests bool          // Down must speak first: Draining ends First as well while Down is silent
+	Wary     bool          // what a lenient server may take for a request is HTTP1, not opaque
 
 	// HelloHold is set if the caller may end TLS with Down: how long to hold the beginning of a ClientHello, from its first
 	// byte. A ClientHello then decides whatever Up has sent. One that is not whole in time, or too large, is an error: taken
@@ -263,7 +264,14 @@ func (s *Sniffer) greet() (spoke bool, err error) {
 }
 
 // Vague reports whether the first bytes of an opaque connection may still become a request.
-func (s *Sniffer) Vague() bool { return s.Read != nil && classify(s.Read.Bytes()) == Undecided }
+func (s *Sniffer) Vague() bool { return s.Read != nil && s.classify() == Undecided }
+
+func (s *Sniffer) classify() Protocol {
+	if s.Wary {
+		return classifyWarily(s.Read.Bytes())
+	}
+	return classify(s.Read.Bytes())
+}
 
 // Take returns what was read from Down, and prepares the Sniffer for another detection on the same connection, inside the
 // TLS that these bytes begin. TLS inside it is not ended.
@@ -334,7 +342,7 @@ func (s *Sniffer) decide() (Protocol, error) {
 
 // judge classifies what was read. It reads the clock only if the bytes do not decide.
 func (s *Sniffer) judge() Protocol {
-	protocol := classify(s.Read.Bytes())
+	protocol := s.classify()
 	if protocol == Undecided && s.began.IsZero() {
 		s.began = time.Now()
 	}
