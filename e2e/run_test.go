@@ -198,6 +198,28 @@ func TestRunHasTheExitStatusOfItsCommand(t *testing.T) {
 	})
 }
 
+// A command goes on when nobody reads standard error any more, as behind a pipe to head.
+func TestRunSurvivesAClosedStandardError(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		c.serve(t, netip.MustParseAddrPort("203.0.113.80:80"))
+		reader, writer, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		reader.Close()
+		defer writer.Close()
+		cmd := c.command("--", "sh", "-c", "for i in 1 2 3; do curl -sS --noproxy '*' http://web.example/$i; done; sh -c 'kill -PIPE $$; echo ignored'; exit 7")
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, writer
+		if _, err := c.net.Run(cmd); cmd.ProcessState == nil {
+			t.Fatal(err)
+		}
+		if status := cmd.ProcessState.ExitCode(); status != 7 || strings.Count(out.String(), "web.example/") != 3 || strings.Contains(out.String(), "ignored") {
+			t.Errorf("exit status %d, output %q", status, &out)
+		}
+	})
+}
+
 // The command keeps what is its caller's, and has no capability, no way to get one, and no rights over its network.
 func TestRunGivesItsCommandTheCallersPlaceAndNoPower(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {

@@ -74,6 +74,7 @@ const endTime = time.Second
 // Run runs the command and returns its exit status: 128 and the number of a signal that ended it. An error means that it
 // was not started; status is then what a shell would return.
 func Run(config Config) (status int, err error) {
+	surviveClosedOutput()
 	path, status, err := find(config.Command[0])
 	if err != nil {
 		return status, err

@@ -12,6 +12,10 @@ import (
 // forwarded are the signals that are sent on to the command.
 var forwarded = []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2}
 
+// surviveClosedOutput makes writing to a closed standard error an error: it would otherwise end this process, and with it a
+// command that writes nothing there. The command has the signal's default again.
+func surviveClosedOutput() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
+
 // forwardSignals sends signals on to the command until stop is called. A terminal sends its signals to the command as well,
 // which is in the same process group: those are not sent on. A signal that the caller ignores stays ignored.
 func (r *run) forwardSignals() (stop func()) {
