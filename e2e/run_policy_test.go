@@ -343,6 +343,39 @@ func TestRunRefusesSenselessRules(t *testing.T) {
 	}
 }
 
+// An error names the flag and the value, and what to write in its place. Nothing is started.
+func TestRunNamesWhatIsWrong(t *testing.T) {
+	t.Parallel()
+	nettest.RequireRoot(t)
+	ns := nettest.New(t, "caller")
+	taken := ns.Listen(t, "tcp", "127.0.0.1:8080")
+	defer taken.Close()
+	for _, test := range []struct {
+		flags []string
+		code  int
+		want  []string
+	}{
+		{[]string{"--log", "xml"}, 2, []string{"--log xml: use off, text or json", "./xml"}},
+		{[]string{"--log", "/nonexistent/log"}, 1, []string{"--log: open /nonexistent/log: no such file"}},
+		{[]string{"--record", "/nonexistent/all.har"}, 1, []string{"--record: open /nonexistent/all.har: no such file"}},
+		{[]string{"--record-credentials", "--record", "all.jsonl"}, 2, []string{"--record-credentials has no effect", "add --record FILE.har"}},
+		{[]string{"--record-bodies"}, 2, []string{"--record-bodies has no effect", "add --record FILE.har"}},
+		{[]string{"--default", "deny", "--allow", "http://good.example/"}, 2, []string{"--allow", `"http://good.example/"`, "write its host"}},
+		{[]string{"--ui", "127.0.0.1:70000"}, 2, []string{"--ui", `"127.0.0.1:70000"`, "use 127.0.0.1:0"}},
+		{[]string{"--publish", "8080:80"}, 1, []string{"127.0.0.1:8080", "address already in use", "--publish 0:80"}},
+	} {
+		stdout, stderr, code := execute(t, ns, nil, append(append([]string{"run"}, test.flags...), "--", "echo", "started")...)
+		if code != test.code || stdout != "" || !strings.HasPrefix(stderr, "pillion: error: ") {
+			t.Errorf("%q: exit status %d, %s%s", test.flags, code, stdout, stderr)
+		}
+		for _, want := range test.want {
+			if !strings.Contains(stderr, want) {
+				t.Errorf("%q: the error lacks %q: %s", test.flags, want, stderr)
+			}
+		}
+	}
+}
+
 // Faults on purpose meet the hosts that they are for: requests in both versions of HTTP, and other connections.
 func TestRunInjectsFaults(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {

@@ -186,6 +186,7 @@ func TestRunHasTheExitStatusOfItsCommand(t *testing.T) {
 			{[]string{"no-such-program"}, 127},
 			{[]string{"/no/such/program"}, 127},
 			{[]string{notExecutable}, 126},
+			{[]string{filepath.Dir(notExecutable)}, 126},
 		} {
 			stdout, stderr, status := c.run(t, append([]string{"--"}, test.command...)...)
 			if status != test.want || stdout != "" {
@@ -507,7 +508,7 @@ func TestRunRecordsRequests(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		archive, lines := filepath.Join(dir, "all.har"), filepath.Join(dir, "all.jsonl")
+		archive, lines := filepath.Join(dir, "all.HAR"), filepath.Join(dir, "all.jsonl")
 		get := []string{"curl", "-sS", "--noproxy", "*", "-H", "Authorization: Bearer geheim", "-d", "body", "http://web.example/path?a=b&access_token=geheim"}
 		script := `"$@"; "$@" --http2-prior-knowledge; true`
 		for _, flags := range [][]string{{"--record", archive}, {"--record", archive, "--record-credentials"}, {"--record", lines}} {

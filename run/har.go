@@ -99,7 +99,7 @@ type harTimings struct {
 }
 
 func openHAR(path, version string, limit int, mask bool) (*harFile, error) {
-	file, err := createPrivate(path)
+	file, err := createPrivate("record", path)
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package run
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -111,7 +113,7 @@ func newPublisher(config Config, box *sandbox.Sandbox, t *traffic) (*publisher, 
 func (p *publisher) publish(port Port) error {
 	bound, err := p.poller.Listen(port.At)
 	if err != nil {
-		return fmt.Errorf("publishing port %d: %w", port.Inside, err)
+		return fmt.Errorf("publishing port %d: %w%s", port.Inside, err, remedy(err, port.Inside))
 	}
 	server := &listener.Server{
 		Name: "published", Listeners: []*tcp.Listener{bound}, Handler: published{p.role, p.box, port.Inside}, Limit: listener.NewLimit(0), Log: p.log,
@@ -122,6 +124,17 @@ func (p *publisher) publish(port Port) error {
 	p.mu.Unlock()
 	fmt.Fprintf(p.out, "pillion: port %d is published at %s\n", port.Inside, bound.Addr())
 	return nil
+}
+
+// remedy says at which other port a port can be published, if an error is about the port.
+func remedy(err error, inside uint16) string {
+	switch {
+	case errors.Is(err, syscall.EACCES):
+		return fmt.Sprintf("; choose a port from 1024 upwards, such as --publish %d:%d", 8000+inside%1000, inside)
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Sprintf("; choose another port, or any free one by --publish 0:%d", inside)
+	}
+	return ""
 }
 
 // followInterval is the time between looks at the ports at which the command listens; the kernel has no notification.

@@ -75,7 +75,7 @@ func (r *records) openLog() error {
 	case "json":
 		r.outputs = append(r.outputs, newJSONOutput(r.config.Errors, nopCloser{}))
 	default:
-		return r.openFile(r.config.Log, strings.HasSuffix(r.config.Log, ".json") || strings.HasSuffix(r.config.Log, ".jsonl"))
+		return r.openFile("log", r.config.Log, hasSuffix(r.config.Log, ".json") || hasSuffix(r.config.Log, ".jsonl"))
 	}
 	return nil
 }
@@ -85,8 +85,8 @@ func (r *records) openRecord() error {
 	switch {
 	case r.config.Record == "":
 		return nil
-	case !r.config.archives():
-		return r.openFile(r.config.Record, true)
+	case !r.config.Archives():
+		return r.openFile("record", r.config.Record, true)
 	}
 	archive, err := openHAR(r.config.Record, r.config.Version, r.config.Bodies, !r.config.Credentials)
 	if err == nil {
@@ -95,18 +95,18 @@ func (r *records) openRecord() error {
 	return err
 }
 
-// createPrivate makes a file that belongs to the caller alone, because paths and names may be secret.
-func createPrivate(path string) (*os.File, error) {
+// createPrivate makes the file of a flag. It belongs to the caller alone, because paths and names may be secret.
+func createPrivate(flag, path string) (*os.File, error) {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("opening the file of records: %w", err)
+		return nil, fmt.Errorf("the file of --%s: %w", flag, err)
 	}
 	return file, nil
 }
 
 // openFile adds an output to a new file.
-func (r *records) openFile(path string, asJSON bool) error {
-	file, err := createPrivate(path)
+func (r *records) openFile(flag, path string, asJSON bool) error {
+	file, err := createPrivate(flag, path)
 	if err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func (r *records) sinks() []flow.Sink {
 // Closed implements flow.Sink. A record that finds the queue full is not written, but summed up.
 func (r *records) Closed(record *flow.Record) {
 	e := event{Record: live.Of(record)}
-	if r.config.archives() {
+	if r.config.Archives() {
 		e.har = harOf(record, &e.Record, !r.config.Credentials)
 	}
 	if record.IsRequest() {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
@@ -59,8 +60,11 @@ func (c *Config) governs() bool {
 	return len(c.Rules.Allow)+len(c.Rules.Deny) > 0 || c.Rules.DenyOthers
 }
 
-// archives reports whether an HTTP Archive is written, for which heads are recorded.
-func (c *Config) archives() bool { return strings.HasSuffix(c.Record, ".har") }
+// Archives reports whether an HTTP Archive is written, for which heads are recorded.
+func (c *Config) Archives() bool { return hasSuffix(c.Record, ".har") }
+
+// hasSuffix compares the end of a file's name, in any case.
+func hasSuffix(path, suffix string) bool { return strings.HasSuffix(strings.ToLower(path), suffix) }
 
 // Exit statuses for a command that could not be started, as those of a shell.
 const (
@@ -107,6 +111,8 @@ func find(name string) (path string, status int, err error) {
 	switch {
 	case err == nil, errors.Is(err, exec.ErrDot):
 		return path, 0, nil
+	case errors.Is(err, syscall.EISDIR):
+		return "", NotExecutable, fmt.Errorf("%s: is a directory", name)
 	case errors.Is(err, os.ErrPermission):
 		return "", NotExecutable, fmt.Errorf("%s: permission denied", name)
 	}

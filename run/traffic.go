@@ -71,7 +71,7 @@ func settings() serve.Settings {
 
 // noted is what records carry for an archive.
 func noted(config *Config) flow.Fields {
-	note := flow.Fields{Heads: config.archives()}
+	note := flow.Fields{Heads: config.Archives()}
 	if note.Heads && config.Bodies > 0 {
 		note.Bodies = flow.NewBodies(config.Bodies, MaxBodies)
 	}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -107,7 +108,10 @@ func (o *runOptions) bind(cmd *cobra.Command) {
 
 // parseUI verifies the address of the live page. What it shows is for this machine only.
 func parseUI(text string) (string, error) {
-	host, _, err := net.SplitHostPort(text)
+	host, port, err := net.SplitHostPort(text)
+	if err == nil && port != "0" {
+		_, err = capture.ParsePort(port)
+	}
 	if err != nil || host == "" || !ownport.NamesLoopback(host) {
 		return "", fmt.Errorf("%s is not an address and a port of loopback: use 127.0.0.1:0 or [::1]:8080", capture.Quoted(text))
 	}
@@ -146,8 +150,14 @@ func (o *runOptions) run(args []string) error {
 	if len(o.config.Rules.Allow) > 0 && !o.config.Rules.DenyOthers {
 		return valueError{errors.New("--allow has no effect while other destinations are allowed: add --default deny")}
 	}
-	if o.config.Bodies > 0 && !strings.HasSuffix(o.config.Record, ".har") {
+	if o.config.Bodies > 0 && !o.config.Archives() {
 		return valueError{errors.New("--record-bodies has no effect without an HTTP Archive: add --record FILE.har")}
+	}
+	if o.config.Credentials && !o.config.Archives() {
+		return valueError{errors.New("--record-credentials has no effect without an HTTP Archive: add --record FILE.har")}
+	}
+	if log := o.config.Log; !slices.Contains([]string{"off", "text", "json"}, log) && !strings.ContainsAny(log, "./") {
+		return valueError{fmt.Errorf("--log %s: use off, text or json, or the path of a file, such as ./%[1]s", log)}
 	}
 	o.config.Command, o.config.Version = args, version
 	o.config.Errors = os.Stderr

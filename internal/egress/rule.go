@@ -32,6 +32,9 @@ func parseRule(text string) (r Rule, err error) {
 	if prefix, err := parseNetwork(text); err == nil {
 		return Rule{prefix: prefix}, nil
 	}
+	if strings.Contains(text, "://") {
+		return Rule{}, errors.New("a URL; write its host, such as example.com or example.com:443")
+	}
 	host, port, found := cutPort(text)
 	if found {
 		if r.port, err = capture.ParsePort(port); err != nil {
