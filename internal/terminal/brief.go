@@ -34,7 +34,11 @@ func Brief(r *live.Record, paint Painter, columns int) string {
 	status = pad(status, 3)
 	what = printable(what)
 	if columns > 0 {
-		what = cut(what, max(12, columns-columnsOf(status)-columnsOf(end)-2))
+		least := 12
+		if r.Failed { // the line may be longer than the terminal is wide, but names where it went
+			least = columnsOf(what) - columnsOf(printable(r.Path)) + 1
+		}
+		what = cut(what, max(least, columns-columnsOf(status)-columnsOf(end)-2))
 	}
 	colour := recordColour(r)
 	if r.Failed {

@@ -366,4 +366,14 @@ func TestABriefLineHasTheReasonOfAFailure(t *testing.T) {
 			t.Errorf("the line is %q, want %q", got, c.want)
 		}
 	}
+	long := live.Record{Request: true, Method: "GET", Authority: "a.long.web.example:8080", Path: "/with/a/path", Failed: true, Reason: "upstream_refused",
+		Failure: "connection refused by the server"}
+	for columns, want := range map[int]string{
+		60:  "-   GET a.long.web.example:8080… 0B - upstream_refused connection refused by the server",
+		100: "-   GET a.long.web.example:8080/with/a/path 0B - upstream_refused connection refused by the server",
+	} {
+		if got := terminal.Brief(&long, terminal.Painter(false), columns); got != want {
+			t.Errorf("in %d columns the line is %q, want %q", columns, got, want)
+		}
+	}
 }
