@@ -171,7 +171,7 @@ func harOf(r *flow.Record, shown *live.Record, mask bool) *harEntry {
 	}
 	e.Port = strconv.Itoa(int(r.Downstream.Port()))
 	if shown.Failed {
-		e.Comment = shown.Reason
+		e.Comment = strings.TrimSpace(shown.Cause() + " " + shown.Failure)
 	}
 	return e
 }
@@ -193,6 +193,9 @@ func harURL(r *flow.Record, shown *live.Record, mask bool) *url.URL {
 		u.Host = shown.Destination
 	}
 	path, query, found := strings.Cut(shown.Path, "?")
+	if shown.Method == http.MethodConnect { // its target is the authority
+		path = ""
+	}
 	if parsed, err := url.Parse(path); err == nil && parsed.Scheme != "" {
 		u.Scheme, u.Host, path = parsed.Scheme, parsed.Host, parsed.EscapedPath()
 	}

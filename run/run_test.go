@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -150,6 +151,37 @@ func TestHeadsAreParsed(t *testing.T) {
 	}
 	if got := headFields([]byte(head), false); got[2].Value != "a=b" {
 		t.Errorf("headFields = %q", got)
+	}
+}
+
+// A status of the server is no failure of the request; the comment has what pillion knows beyond it.
+func TestEntriesNameFailures(t *testing.T) {
+	r := &flow.Record{HTTP: new(flow.Request), Connection: new(flow.Record)}
+	for _, test := range []struct {
+		shown live.Record
+		want  string
+	}{
+		{live.Record{Status: 503, Failed: true, Reason: "completed"}, ""},
+		{live.Record{Status: 503, Failed: true, Reason: "upstream_refused", Failure: "connection refused"}, "upstream_refused connection refused"},
+		{live.Record{Status: 200, Reason: "completed"}, ""},
+	} {
+		if got := harOf(r, &test.shown, true).Comment; got != test.want {
+			t.Errorf("the comment of %+v is %q", test.shown, got)
+		}
+	}
+}
+
+// Requests to proxies have the URL that they ask for.
+func TestEntriesHaveURLs(t *testing.T) {
+	r := &flow.Record{HTTP: new(flow.Request), Connection: new(flow.Record)}
+	for want, shown := range map[string]live.Record{
+		"http://web.example/a?b=c": {Method: "GET", Authority: "web.example", Path: "/a?b=c"},
+		"http://web.example:81/a":  {Method: "GET", Authority: "web.example:81", Path: "http://web.example:81/a"},
+		"http://web.example:443":   {Method: "CONNECT", Authority: "web.example:443", Path: "web.example:443"},
+	} {
+		if got := harURL(r, &shown, true).String(); got != want {
+			t.Errorf("the URL of %+v is %s, want %s", shown, got, want)
+		}
 	}
 }
 

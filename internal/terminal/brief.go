@@ -16,7 +16,11 @@ func Brief(r *live.Record, paint Painter, columns int) string {
 		status = strconv.Itoa(r.Status)
 	}
 	host := cmp.Or(r.Authority, r.SNI, r.Destination)
-	what := r.Method + " " + host + r.Path
+	path := r.Path
+	if strings.HasPrefix(path, "http://") || strings.HasPrefix(path, "https://") || path == host { // to a proxy
+		host, path = path, ""
+	}
+	what := r.Method + " " + host + path
 	if !r.Request {
 		what = r.Protocol + " " + host
 		if r.SNI != "" {
@@ -36,7 +40,7 @@ func Brief(r *live.Record, paint Painter, columns int) string {
 	if columns > 0 {
 		least := 12
 		if r.Failed { // the line may be longer than the terminal is wide, but names where it went
-			least = columnsOf(what) - columnsOf(printable(r.Path)) + 1
+			least = columnsOf(what) - columnsOf(printable(path)) + 1
 		}
 		what = cut(what, max(least, columns-columnsOf(status)-columnsOf(end)-2))
 	}

@@ -360,6 +360,8 @@ func TestABriefLineHasTheReasonOfAFailure(t *testing.T) {
 		{live.Record{Request: true, Method: "GET", Authority: "web.example", Path: "/", Status: 500, Failed: true, Reason: "completed"}, "500 GET web.example/ 0B -"},
 		{live.Record{Request: true, Method: "GET", Authority: "web.example", Path: "/", Status: 503, Failed: true, Reason: "upstream_refused", Failure: "connection refused"},
 			"503 GET web.example/ 0B - upstream_refused connection refused"},
+		{live.Record{Request: true, Method: "CONNECT", Authority: "web.example:443", Path: "web.example:443", Status: 200}, "200 CONNECT web.example:443 0B -"},
+		{live.Record{Request: true, Method: "GET", Authority: "web.example", Path: "http://web.example/a", Status: 200}, "200 GET http://web.example/a 0B -"},
 		{live.Record{Protocol: "TLS", SNI: "web.example", Destination: "203.0.113.1:443"}, "-   TLS web.example 203.0.113.1:443 0B -"},
 	} {
 		if got := terminal.Brief(&c.record, terminal.Painter(false), 0); got != c.want {
