@@ -135,8 +135,11 @@ func (r *run) build(path string) error {
 	if r.records, err = openRecords(r.config); err != nil {
 		return err
 	}
+	for _, line := range unreachableProxies(os.Getenv, r.config.HostLoopback) {
+		r.report(line)
+	}
 	if r.config.Decrypt {
-		if r.decryption, err = newDecryption(func(line string) { fmt.Fprintln(r.config.Errors, "pillion:", line) }); err != nil {
+		if r.decryption, err = newDecryption(r.report); err != nil {
 			return err
 		}
 	}
@@ -163,6 +166,9 @@ func (r *run) build(path string) error {
 	r.traffic.start()
 	return nil
 }
+
+// report prints a line for people.
+func (r *run) report(line string) { fmt.Fprintln(r.config.Errors, "pillion:", line) }
 
 // environment has the variables that the command gets besides the caller's.
 func (r *run) environment() []string {

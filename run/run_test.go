@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
@@ -182,6 +183,28 @@ func TestEntriesHaveURLs(t *testing.T) {
 		if got := harURL(r, &shown, true).String(); got != want {
 			t.Errorf("the URL of %+v is %s, want %s", shown, got, want)
 		}
+	}
+}
+
+func TestProxiesThatTheCommandDoesNotReachAreNamed(t *testing.T) {
+	environment := map[string]string{
+		"http_proxy": "http://localhost:3128/", "HTTP_PROXY": "127.0.0.1:3128", "https_proxy": "[::1]:8118", "HTTPS_PROXY": "http://proxy.example:3129",
+		"all_proxy": "socks5h://user:secret@127.0.0.1", "ALL_PROXY": "http://198.51.100.1:80",
+	}
+	getenv := func(name string) string { return environment[name] }
+	got := unreachableProxies(getenv, capture.Ports{List: []capture.PortRange{{First: 8118, Last: 8118}}})
+	want := []string{
+		"http_proxy leads to the command's own loopback: add --host-loopback 3128 to reach the proxy of this machine",
+		"all_proxy leads to the command's own loopback: add --host-loopback 1080 to reach the proxy of this machine",
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the lines are %q, want %q", got, want)
+	}
+	if got := unreachableProxies(getenv, capture.Ports{All: true}); got != nil {
+		t.Errorf("with all ports the lines are %q", got)
+	}
+	if got := unreachableProxies(func(string) string { return "" }, capture.Ports{}); got != nil {
+		t.Errorf("without proxies the lines are %q", got)
 	}
 }
 

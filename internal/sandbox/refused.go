@@ -38,7 +38,7 @@ func refused(err error, privileged bool) error {
 	if privileged {
 		return err
 	}
-	return fmt.Errorf("%w; user namespaces are not permitted here, as in a container whose seccomp profile or security "+
-		"module forbids them: allow them there (docker: --security-opt seccomp=unconfined), or run pillion as root with the "+
+	return fmt.Errorf("%w; user namespaces are not permitted here, as in a chroot, or in a container whose seccomp profile or "+
+		"security module forbids them: allow them there (docker: --security-opt seccomp=unconfined), or run pillion as root with the "+
 		"capabilities SYS_ADMIN, NET_ADMIN and SETPCAP", err)
 }
