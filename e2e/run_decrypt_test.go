@@ -4,9 +4,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
@@ -31,6 +33,7 @@ import (
 type site struct {
 	*caller
 	home, roots string
+	pin         string // the hash of its key, as curl takes it
 }
 
 func newSite(t *testing.T, c *caller) *site {
@@ -50,6 +53,12 @@ func newSite(t *testing.T, c *caller) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := sha256.Sum256(public)
+	s.pin = "sha256//" + base64.StdEncoding.EncodeToString(hash[:])
 	s.roots = filepath.Join(s.home, "roots.pem")
 	if err := os.WriteFile(s.roots, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw}), 0o644); err != nil {
 		t.Fatal(err)
@@ -141,6 +150,9 @@ func main() {
 			{"curl by HTTP/1", "HTTP/1.1", []string{"curl", "-sS", "--http1.1", "https://good.example/curl"}},
 			{"curl by address", "HTTP/2.0", []string{"curl", "-sS", "https://" + goodAddress + "/curl"}},
 			{"Python", "HTTP/1.1", []string{"python3", "-c", `import urllib.request as u; print(u.urlopen("https://good.example/py").read().decode(), end="")`}},
+			{"Python by a directory", "HTTP/1.1", []string{"python3", "-c", `
+import os, ssl, urllib.request as u
+print(u.urlopen("https://good.example/py", context=ssl.create_default_context(capath=os.environ["SSL_CERT_DIR"].split(":")[0])).read().decode(), end="")`}},
 			{"Node", "HTTP/1.1", []string{"node", "-e", `require("https").get("https://good.example/node", r => r.on("data", d => process.stdout.write(d)))`}},
 			{"Go", "HTTP/2.0", []string{filepath.Join(s.home, "client"), "https://good.example/go"}},
 			// Process ids repeat across runs, and a JVM warns on standard output when another one has the file of its id in /tmp.
@@ -192,6 +204,29 @@ func TestRunPassesPinnedConnections(t *testing.T) {
 		}
 		if len(records) != 2 || records[0].Reason != "tls_failed" || records[0].SNI != "good.example" || records[1].Protocol != "TLS" {
 			t.Errorf("the records are %+v", records)
+		}
+	})
+}
+
+// Other commands complete the handshake, and leave when they have seen the certificate.
+func TestRunPassesCommandsThatLeaveAfterTheHandshake(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		for _, test := range []struct {
+			name, flags, output string
+			named               int
+		}{
+			{"pinned", ` --pinnedpubkey "$PIN"`, "/two by HTTP/1.1", 1},
+			{"not pinned", "", "/one by HTTP/1.1/two by HTTP/1.1", 0},
+		} {
+			command := fmt.Sprintf("for path in one two; do curl -sS --http1.1%s https://good.example/$path; done; true", strings.ReplaceAll(test.flags, "$PIN", s.pin))
+			output, complaints, records := s.decrypted(t, true, "sh", "-c", command)
+			if output != test.output || strings.Count(complaints, `left its first connection to "good.example"`) != test.named {
+				t.Errorf("%s: curl printed %q\n%s", test.name, output, complaints)
+			}
+			if len(records) != 2 || (records[1].Protocol == "TLS") != (test.named > 0) {
+				t.Errorf("%s: the records are %+v", test.name, records)
+			}
 		}
 	})
 }

@@ -25,6 +25,8 @@ type records struct {
 	view   *live.View // of the page; nil without --ui
 	sum    summary
 
+	decryption *decryption // nil: TLS passes
+
 	queue   chan event
 	written sync.WaitGroup
 	ending  sync.Once
@@ -131,6 +133,9 @@ func (r *records) Closed(record *flow.Record) {
 	e := event{Record: live.Of(record)}
 	if r.config.Archives() {
 		e.har = harOf(record, &e.Record, !r.config.Credentials)
+	}
+	if r.decryption != nil {
+		r.decryption.closed(record, e.Method)
 	}
 	if record.IsRequest() {
 		e.bodies = bodies{record.HTTP.Body, record.HTTP.ResponseBody}

@@ -142,6 +142,7 @@ func (r *run) build(path string) error {
 		if r.decryption, err = newDecryption(r.report); err != nil {
 			return err
 		}
+		r.records.decryption = r.decryption
 	}
 	r.sandbox, err = sandbox.Start(sandbox.Config{
 		Path: path, Arguments: r.config.Command, Environment: r.environment(), IPv6: hasIPv6(), Loopback: r.config.HostLoopback,

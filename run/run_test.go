@@ -5,6 +5,7 @@ import (
 	"crypto/sha1"
 	"crypto/x509"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,8 +15,11 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/secure"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
@@ -155,6 +159,27 @@ func TestHeadsAreParsed(t *testing.T) {
 	}
 }
 
+// The trust store of Java has each certificate as an entry, and ends with the digest of a known password.
+func TestJavaTrustStore(t *testing.T) {
+	ca, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := javaTrustStore(append([]byte("comment\n"), bytes.Repeat(ca.pem, 2)...))
+	body := store[:len(store)-sha1.Size]
+	if !bytes.HasPrefix(body, []byte{0xfe, 0xed, 0xfe, 0xed, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 3, 'c', 'a', '0'}) || !bytes.HasSuffix(body, ca.certificate.Raw) ||
+		bytes.Count(body, ca.certificate.Raw) != 2 {
+		t.Errorf("the store is %x", store)
+	}
+	var password []byte
+	for _, c := range []byte(javaPassword) {
+		password = append(password, 0, c)
+	}
+	if want := sha1.Sum(slices.Concat(password, []byte("Mighty Aphrodite"), body)); !bytes.Equal(store[len(body):], want[:]) {
+		t.Error("the digest is wrong")
+	}
+}
+
 // A status of the server is no failure of the request; the comment has what pillion knows beyond it.
 func TestEntriesNameFailures(t *testing.T) {
 	r := &flow.Record{HTTP: new(flow.Request), Connection: new(flow.Record)}
@@ -208,24 +233,53 @@ func TestProxiesThatTheCommandDoesNotReachAreNamed(t *testing.T) {
 	}
 }
 
-// The trust store of Java has each certificate as an entry, and ends with the digest of a known password.
-func TestJavaTrustStore(t *testing.T) {
+// A server that was not reached once is not given up; one that is not accepted is, and each is named once.
+func TestDecryptionIsTriedAgain(t *testing.T) {
 	ca, err := newAuthority()
 	if err != nil {
 		t.Fatal(err)
 	}
-	store := javaTrustStore(append([]byte("comment\n"), bytes.Repeat(ca.pem, 2)...))
-	body := store[:len(store)-sha1.Size]
-	if !bytes.HasPrefix(body, []byte{0xfe, 0xed, 0xfe, 0xed, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 3, 'c', 'a', '0'}) || !bytes.HasSuffix(body, ca.certificate.Raw) ||
-		bytes.Count(body, ca.certificate.Raw) != 2 {
-		t.Errorf("the store is %x", store)
+	for failure, again := range map[secure.Failure]bool{secure.Deadline: true, secure.Ended: true, secure.UnknownRoot: false, secure.NameRefused: false, secure.Version: false} {
+		lines := 0
+		d := &decryption{authority: ca, roots: new(identity.Roots), report: func(string) { lines++ }, passed: make(map[string]bool), used: make(map[string]bool), named: make(map[string]bool)}
+		to, hello := netip.MustParseAddrPort("203.0.113.7:443"), flow.Hello{ServerName: "good.example"}
+		for range 2 {
+			d.Failed(to, hello, false, &upstream.HandshakeError{Err: &secure.Error{Failure: failure}})
+		}
+		if got := d.Server(to, hello) != nil; got != again || lines != 1 {
+			t.Errorf("after %v the host is decrypted: %v; %d lines", failure, got, lines)
+		}
 	}
-	var password []byte
-	for _, c := range []byte(javaPassword) {
-		password = append(password, 0, c)
+}
+
+// OpenSSL finds a certificate in a directory by this name: the value is that of openssl x509 -hash.
+func TestTheAuthorityHasItsNameInADirectory(t *testing.T) {
+	ca, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if want := sha1.Sum(slices.Concat(password, []byte("Mighty Aphrodite"), body)); !bytes.Equal(store[len(body):], want[:]) {
-		t.Error("the digest is wrong")
+	if got := hashName(ca.certificate.Subject.CommonName); got != "8589db14.0" {
+		t.Errorf("the authority's file is %s", got)
+	}
+}
+
+// The certificates of the directories that SSL_CERT_DIR names are trusted, each file once.
+func TestDirectoriesOfCertificatesAreRead(t *testing.T) {
+	one, two := t.TempDir(), t.TempDir()
+	for path, text := range map[string]string{one + "/a.pem": "first", two + "/b.pem": "second"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, target := range map[string]string{one + "/0a1b2c3d.0": "a.pem", two + "/0a1b2c3d.0": one + "/a.pem", two + "/gone.0": one + "/missing"} {
+		if err := os.Symlink(target, link); err != nil {
+			t.Fatal(err)
+		}
+	}
+	environment := map[string]string{"SSL_CERT_FILE": one + "/a.pem", "SSL_CERT_DIR": one + ":" + two + "/sub:" + two}
+	got := strings.Fields(string(trusted(func(name string) string { return environment[name] })))
+	if want := []string{"first", "first", "first", "second"}; !slices.Equal(got, want) {
+		t.Errorf("trusted = %q, want %q", got, want)
 	}
 }
 
