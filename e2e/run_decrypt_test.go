@@ -11,6 +11,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -27,6 +28,7 @@ import (
 	"time"
 
 	"github.com/pillion-proxy/pillion/internal/live"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 )
 
 // site is a server with TLS at good.example, and the file of the authority that has certified it.
@@ -99,7 +101,7 @@ func (s *site) decryptedBy(t testing.TB, flags []string, trusts bool, command ..
 	}
 	var out, complaint strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &complaint
-	if _, err := s.net.Run(cmd); cmd.ProcessState == nil {
+	if _, err := s.net.Run(cmd); cmd.ProcessState == nil || errors.Is(err, nettest.ErrHanging) {
 		t.Fatal(err)
 	}
 	text, err := os.ReadFile(file)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -59,7 +60,7 @@ func (c *caller) run(t testing.TB, arguments ...string) (stdout, stderr string, 
 	var out, complaint bytes.Buffer
 	cmd := c.command(arguments...)
 	cmd.Stdout, cmd.Stderr = &out, &complaint
-	if _, err := c.net.Run(cmd); cmd.ProcessState == nil {
+	if _, err := c.net.Run(cmd); cmd.ProcessState == nil || errors.Is(err, nettest.ErrHanging) {
 		t.Fatal(err)
 	}
 	if strings.Contains(complaint.String(), "DATA RACE") {

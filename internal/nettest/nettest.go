@@ -8,6 +8,7 @@ package nettest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -233,8 +234,12 @@ func (ns *Namespace) Command(uid, gid uint32, name string, args ...string) *exec
 	return cmd
 }
 
-// Run runs cmd inside the namespace to its end and returns what it wrote to stdout and stderr together. It is killed
-// after Patience.
+// hanging is how long a program may run. A JVM or a Python behind a binary with the race detector needs half a minute on a
+// machine whose processors many tests share.
+const hanging = 3 * Patience
+
+// Run runs cmd inside the namespace to its end and returns what it wrote to stdout and stderr together. It is killed if it
+// hangs; the error is ErrHanging then.
 func (ns *Namespace) Run(cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
 	if cmd.Stdout == nil {
@@ -246,14 +251,19 @@ func (ns *Namespace) Run(cmd *exec.Cmd) (string, error) {
 	if err := ns.handle.Do(cmd.Start); err != nil {
 		return "", err
 	}
-	overdue := time.AfterFunc(Patience, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
-	defer overdue.Stop()
+	overdue := time.AfterFunc(hanging, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 	err := cmd.Wait()
+	if !overdue.Stop() {
+		err = ErrHanging
+	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(out.String()))
 	}
 	return out.String(), err
 }
+
+// ErrHanging is the error of a program that was killed because it had not ended for minutes.
+var ErrHanging = errors.New("killed, because it did not end in time")
 
 // MustRun is Run for a program that has to succeed.
 func (ns *Namespace) MustRun(t testing.TB, name string, args ...string) string {
