@@ -97,6 +97,10 @@ func (c *Conn) firstInside(agreed string) bool {
 	if s.Read != nil {
 		c.protocol = http
 	}
+	if s.Up.Ended() && c.HTTP() { // the server did not wait for the client; the engine dials again
+		s.Up.Close()
+		s.Up = nil
+	}
 	return true
 }
 
