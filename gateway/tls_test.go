@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -398,8 +399,10 @@ func TestAServerThatIsRemovedRefusesItsConnections(t *testing.T) {
 	wantRefused(t, r, conn)
 }
 
-// The certificate of a client is shown to servers in another way by a push. Its connection, whose field was made before, ends.
-func TestTheFieldOfAClientsCertificateFollowsPushes(t *testing.T) {
+// A push that shows the certificates of clients in another way loses no request: a connection shows its client as it began, and
+// ends in order, and the next one follows the configuration in force. The push comes between two requests, in the middle of one, or
+// before the first.
+func TestAConnectionShowsItsClientAsItBegan(t *testing.T) {
 	p := newPushed(t, 443)
 	p.secrets(t)
 	shows := func(action mesh.ClientCertAction, uri bool) *mesh.Snapshot {
@@ -407,18 +410,98 @@ func TestTheFieldOfAClientsCertificateFollowsPushes(t *testing.T) {
 			for _, c := range l.Chains {
 				h := &mesh.HTTPManager{}
 				*h = *c.HTTP
-				h.ClientCert, h.ClientCertDetails.URI = action, uri
+				h.ClientCert, h.ClientCertDetails = action, mesh.ClientCertDetails{URI: uri}
 				c.HTTP = h
 			}
 		})
 	}
-	for _, before := range []*mesh.Snapshot{shows(mesh.ForwardClientCert, true), shows(mesh.ReplaceClientCert, false)} {
-		f := &fixed{}
-		f.snapshot.Store(before)
-		r, conn := p.follow(t, f, mutual, p.issuer.ECDSA(t, "partner.example"))
-		f.snapshot.Store(shows(mesh.ReplaceClientCert, true))
-		r.Wake()
-		wantRefused(t, r, conn)
+	f := &fixed{Store: p.Store}
+	f.snapshot.Store(p.Snapshot())
+	r := f.start(t, 443)
+	r.Discard()
+	(&rig{Rig: r}).handle(t, 9001, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Seen-Cert", strings.Join(r.Header["X-Forwarded-Client-Cert"], "; "))
+	})
+	const claim = "URI=spiffe://a"
+	own := p.issuer.Leaf(t, "spiffe://b", nil)
+	hash := fmt.Sprintf("Hash=%x", sha256.Sum256(own.Certificate[0]))
+	push := func(s *mesh.Snapshot) { f.snapshot.Store(s); r.Wake() }
+	for _, test := range []struct {
+		before, after mesh.ClientCertAction
+		first, next   string
+	}{
+		{mesh.ForwardClientCert, mesh.ReplaceClientCert, claim, hash + ";URI=spiffe://b"},
+		{mesh.ReplaceClientCert, mesh.ReplaceClientCert, hash, hash + ";URI=spiffe://b"},
+		{mesh.AppendClientCert, mesh.RemoveClientCert, claim + "," + hash, ""},
+	} {
+		begin, change := shows(test.before, false), shows(test.after, true)
+		for _, two := range []bool{false, true} {
+			name := fmt.Sprintf("%v, then %v, HTTP/2 %v", test.before, test.after, two)
+			push(begin)
+			var dialled atomic.Int32
+			transport := &http.Transport{ForceAttemptHTTP2: two, DialTLSContext: func(context.Context, string, string) (net.Conn, error) {
+				dialled.Add(1)
+				config := p.partner(mutual, own)
+				if two {
+					config.NextProtos = []string{"h2"}
+				}
+				return tls.Client(r.Dial(t, r.At(443)), config), nil
+			}}
+			ask := func() string {
+				request, err := http.NewRequest("GET", "https://"+mutual+"/", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				request.Header.Set("X-Forwarded-Client-Cert", claim)
+				response, err := transport.RoundTrip(request)
+				if err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				response.Body.Close()
+				if response.StatusCode != 200 {
+					t.Fatalf("%s: a request is answered %d", name, response.StatusCode)
+				}
+				return response.Header.Get("Seen-Cert")
+			}
+			if got := ask(); got != test.first {
+				t.Errorf("%s: the server sees %q, want %q", name, got, test.first)
+			}
+			push(change)
+			for begun := time.Now(); time.Since(begun) < nettest.Patience; {
+				got := ask()
+				if dialled.Load() > 1 {
+					break
+				} else if got != test.first {
+					t.Errorf("%s: on the connection of before the server sees %q, want %q", name, got, test.first)
+				}
+			}
+			if got := ask(); got != test.next || dialled.Load() != 2 {
+				t.Errorf("%s: over connection %d the server sees %q, want %q", name, dialled.Load(), got, test.next)
+			}
+			transport.CloseIdleConnections()
+		}
+		for _, when := range []string{"in a request", "after the handshake"} {
+			push(begin)
+			conn := tls.Client(r.Dial(t, r.At(443)), p.partner(mutual, own))
+			read := bufio.NewReader(conn)
+			begun := "GET / HTTP/1.1\r\nHost: " + mutual + "\r\n"
+			if when == "in a request" {
+				hold(t, conn, read, mutual)
+				begun = ""
+			} else if err := conn.Handshake(); err != nil {
+				t.Fatal(err)
+			}
+			push(change)
+			servetest.Send(t, conn, begun+"X-Forwarded-Client-Cert: "+claim+"\r\n\r\n")
+			response, err := http.ReadResponse(read, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := response.Header.Get("Seen-Cert"); response.StatusCode != 200 || !response.Close || got != test.first {
+				t.Errorf("%v, then %v %s: %d, close %v, and the server sees %q, want %q", test.before, test.after, when, response.StatusCode, response.Close, got, test.first)
+			}
+			servetest.ExpectEnd(t, conn, io.EOF)
+		}
 	}
 }
 

@@ -11,8 +11,8 @@ import (
 
 // accepted is a connection that a gateway has accepted. It is retired when its listener is removed: for a short time it follows
 // the last filter chain that it has met. It is barred as well when a new connection of its kind would be treated otherwise: no
-// filter chain is left for it, another handshake, another protocol or an answer of a server is asked of its client, or its
-// certificate is shown in another way.
+// filter chain is left for it, or another handshake, another protocol or an answer of a server is asked of its client. It is
+// only retired when the certificate of its client is shown in another way: see rejudge.
 type accepted struct {
 	role    *Role
 	info    mesh.ConnInfo
@@ -22,10 +22,10 @@ type accepted struct {
 	asked   bool           // servers were asked about it, if there are any in its chain
 	subject *authz.Subject // of a connection of bytes
 	seen    *mesh.Snapshot
-	retired bool // by seen
-	barred  bool // likewise
-	denied  bool // likewise, by a policy; of a connection of bytes
-	since   time.Time
+	retired bool      // by seen
+	barred  bool      // likewise
+	denied  bool      // likewise, by a policy; of a connection of bytes
+	removed time.Time // when the listener was; zero: it is there
 }
 
 func (c *Conn) accepted() accepted {
@@ -35,6 +35,9 @@ func (c *Conn) accepted() accepted {
 	}
 	a := accepted{
 		role: c.role, info: info, ended: g.ended, shown: g.shown, http: g.chain.HTTP != nil, asked: asksAbout(g.chain), seen: g.snapshot,
+	}
+	if showsOtherwise(a.shown, g.chain) {
+		a.seen = nil // Retired looks again
 	}
 	if !a.http {
 		subject := c.subject()
@@ -54,31 +57,36 @@ func (a *accepted) gone() bool {
 	if s == a.seen {
 		return a.retired
 	}
-	a.seen, a.denied, a.barred = s, false, false
-	removed := !s.Accepts(a.info.Destination)
-	if !removed {
-		a.barred = a.isBarred(s)
-	}
-	if a.retired = removed || a.barred; !a.retired {
-		a.since = time.Time{}
-	} else if a.since.IsZero() {
-		a.since = time.Now()
+	a.seen, a.retired, a.barred, a.denied = s, true, false, false
+	switch {
+	case s.Accepts(a.info.Destination):
+		a.removed = time.Time{}
+		a.judge(s)
+	case a.removed.IsZero():
+		a.removed = time.Now()
 	}
 	return a.retired
 }
 
-func (a *accepted) isBarred(s *mesh.Snapshot) bool {
+// judge judges a connection whose listener is in s.
+func (a *accepted) judge(s *mesh.Snapshot) {
 	chain := s.GatewayChain(&a.info)
 	switch {
 	case chain == nil, !chain.TLS.Admits(a.ended), (chain.HTTP != nil) != a.http, asksAbout(chain) && !a.asked:
-		return true
+		a.barred = true
 	case a.http:
-		return a.shown != nil && !sameClientCert(a.shown, chain.HTTP) // all else is judged for each request
+		a.retired = showsOtherwise(a.shown, chain) // all else is judged for each request
+		return
+	default:
+		_, a.denied = authorize(chain.Policies, a.subject)
+		_, refusal := s.Gateway(&a.info)
+		a.barred = a.denied || refusal != ""
 	}
-	_, a.denied = authorize(chain.Policies, a.subject)
-	_, refusal := s.Gateway(&a.info)
-	return a.denied || refusal != ""
+	a.retired = a.barred
 }
+
+// bars reports whether the configuration in force bars the connection.
+func (a *accepted) bars() bool { return a.gone() && a.barred }
 
 // deniedByPolicy reports whether a policy of connections in force denies the connection.
 func (a *accepted) deniedByPolicy() bool { return a.gone() && a.denied }
@@ -98,7 +106,10 @@ func (a *accepted) explain(l *shadows) (details string) {
 }
 
 // late reports whether a connection whose listener is removed follows it no longer.
-func (a *accepted) late() bool { return a.gone() && time.Since(a.since) > removalGrace }
+func (a *accepted) late() bool {
+	a.gone()
+	return !a.removed.IsZero() && time.Since(a.removed) > removalGrace
+}
 
 // removalGrace is how long requests are still served after their listener was removed: as long as httpforward serves those of a
 // retired connection.

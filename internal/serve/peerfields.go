@@ -100,9 +100,13 @@ func withoutClient(h *mesh.HTTPManager) *httpforward.PeerFields {
 	return managedOf(h).plain
 }
 
-// sameClientCert reports whether the certificate of a client is shown in the same way.
-func sameClientCert(a, b *mesh.HTTPManager) bool {
-	return a.ClientCert == b.ClientCert && a.ClientCertDetails == b.ClientCertDetails
+// showsOtherwise reports whether a chain shows the certificate of a client otherwise than shown does, the manager by which its
+// connection does. shown may be nil.
+func showsOtherwise(shown *mesh.HTTPManager, chain *mesh.FilterChain) bool {
+	if shown == nil || chain == nil || chain.HTTP == nil {
+		return false
+	}
+	return shown.ClientCert != chain.HTTP.ClientCert || shown.ClientCertDetails != chain.HTTP.ClientCertDetails
 }
 
 // peerFields returns the treatment of the requests of a client: an x-forwarded-client-cert that it sends is kept only if

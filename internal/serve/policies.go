@@ -128,14 +128,14 @@ func (c *Conn) renew(g *governed) bool {
 		return c.abandon(flow.MeshRefused, errors.New(refusal))
 	}
 	g.snapshot, g.chain = s, chain
-	if g.shown != nil && (chain.HTTP == nil || c.role.gateway && !sameClientCert(g.shown, chain.HTTP)) {
+	if g.shown != nil && chain.HTTP == nil {
 		return c.abandon(flow.MeshRefused, errChangedMode)
 	}
 	c.Record.Ask(c.role.recorded(s, chain))
 	return c.expect(chain)
 }
 
-var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here, asks more of clients, or shows their certificates otherwise")
+var errChangedMode = errors.New("since its handshake began the configuration has changed, and does not end TLS here, asks more of clients, or carries no HTTP")
 
 // subject returns the connection as policies see it.
 func (c *Conn) subject() authz.Subject {

@@ -72,7 +72,7 @@ func (c *Conn) rejudge() *rejudge {
 	}
 	r := &rejudge{role: c.role, info: info, secured: g.secured, shown: g.shown, seen: g.snapshot, judged: g.snapshot, chain: g.chain, gate: gate{role: c.role, subject: c.subject()}}
 	r.gate.follow(g.snapshot, g.chain)
-	if r.showsOtherwise() {
+	if showsOtherwise(r.shown, r.chain) {
 		r.seen = nil // Retired looks again
 	}
 	return r
@@ -163,18 +163,13 @@ func (r *rejudge) judge(s *mesh.Snapshot) {
 		return
 	}
 	r.gate.follow(s, chain)
-	r.retired = r.showsOtherwise()
+	r.retired = showsOtherwise(r.shown, chain)
 	if chain != nil {
 		r.gate.subject.Request = nil
 		if policy, denied := authorize(chain.Policies, &r.gate.subject); denied {
 			r.refusal = denial(policy)
 		}
 	}
-}
-
-// showsOtherwise reports whether the chain shows the certificate of a client otherwise than the connection does.
-func (r *rejudge) showsOtherwise() bool {
-	return r.shown != nil && r.chain != nil && r.chain.HTTP != nil && !sameClientCert(r.shown, r.chain.HTTP)
 }
 
 // refusedChain is the reply to requests of a connection that the configuration does not let pass any more, as it was before

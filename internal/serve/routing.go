@@ -116,10 +116,10 @@ func (r *routing) look() *mesh.Snapshot {
 	s := r.role.mesh.Snapshot()
 	switch {
 	case s == r.judged:
-	case !r.role.gateway || !r.accepted.gone():
-		r.judge(s)
-	case r.accepted.barred: // the manager stays, for the edge
+	case r.role.gateway && r.accepted.bars(): // the manager stays, for the edge
 		r.judged, r.refused = nil, refusedChain
+	case !r.role.gateway || r.accepted.removed.IsZero():
+		r.judge(s)
 	}
 	return s
 }
