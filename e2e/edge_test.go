@@ -134,6 +134,9 @@ func TestGatewayServesCurl(t *testing.T) {
 	if got, want := e.curl(t, "--write-out", "%{http_code} %{redirect_url}", "http://shop.example:8080/a?b"), "301 https://shop.example:8443/a?b"; got != want {
 		t.Errorf("the redirect is %q, want %q", got, want)
 	}
+	if got := e.curl(t, "--header", "Host;", "http://shop.example:8080/a"); got != " 400 1.1" {
+		t.Errorf("an empty Host is answered %q", got)
+	}
 	if got, want := e.curl(t, "--location", "http://shop.example:8080/a"), "shop shop.example:8443/a 200 1.1"; got != want && got != strings.TrimSuffix(want, "1.1")+"2" {
 		t.Errorf("behind the redirect is %q, want %q", got, want)
 	}

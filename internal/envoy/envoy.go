@@ -46,6 +46,7 @@ const (
 	DetailsHeadTimeout        = "request_header_timeout"
 	DetailsIdleTimeout        = "stream_idle_timeout"
 	DetailsMaxDuration        = "max_duration_timeout"
+	DetailsMissingHost        = "missing_host_header"
 	DetailsMisdirected        = "misdirected_request"
 	DetailsNoHealthyUpstream  = "no_healthy_upstream"
 	DetailsOverload           = "overload"

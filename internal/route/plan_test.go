@@ -261,6 +261,27 @@ func TestRedirects(t *testing.T) {
 	}
 }
 
+// A request without a host cannot be redirected to its host. It is malformed.
+func TestARedirectNeedsAHost(t *testing.T) {
+	for _, target := range []string{"GET http:///a", "GET http://:8080/a"} {
+		for name, route := range map[string]mesh.Redirect{"same host": {Code: 301, Scheme: "https", Port: 8443}, "same host and port": {Code: 301, Scheme: "https"}} {
+			if reply := outcome(mesh.Route{Match: mesh.RouteMatch{Path: "/"}, Redirect: &route}, request(target)).Reply; reply != noHost {
+				t.Errorf("%s, %s: %+v", target, name, reply)
+			}
+		}
+		named := mesh.Redirect{Code: 301, Host: "new"}
+		if reply := outcome(mesh.Route{Match: mesh.RouteMatch{Path: "/"}, Redirect: &named}, request(target)).Reply; reply.Status != 301 {
+			t.Errorf("%s to another host: %+v", target, reply)
+		}
+		if c := Of(everything(mesh.VirtualHost{RequireTLS: mesh.TLSRequired, Routes: []mesh.Route{to("c")}})).Find(request(target)); c.Reply != noHost {
+			t.Errorf("%s to HTTPS: %+v", target, c.Reply)
+		}
+	}
+	if noHost.Status != 400 || noHost.Details != envoy.DetailsMissingHost || noHost.Reason != flow.BadFraming {
+		t.Errorf("the reply is %+v", noHost)
+	}
+}
+
 func TestAVirtualHostThatRequiresTLSRedirectsToIt(t *testing.T) {
 	for _, test := range []struct {
 		require mesh.RequireTLS

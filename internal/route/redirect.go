@@ -20,6 +20,9 @@ func redirectReply(status int, location string) *Reply {
 
 // secureRedirect returns the redirect of a request that came without TLS to a virtual host that requires it.
 func secureRedirect(r *Request) *Reply {
+	if portStart(r.Authority) == 0 {
+		return noHost
+	}
 	reply := redirectReply(http.StatusMovedPermanently, "https://"+string(r.Authority)+string(origin(r.Path)))
 	reply.Edited = false
 	return reply
@@ -33,6 +36,9 @@ func redirect(route *mesh.Route, r *Request) *Reply {
 		scheme = requestScheme(r)
 	}
 	if host == "" {
+		if portStart(r.Authority) == 0 {
+			return noHost
+		}
 		host = redirectHost(to, r, scheme)
 	}
 	location := scheme + "://" + host

@@ -17,6 +17,10 @@ var (
 
 	// Refused is the reply to a request whose routes, virtual host or route is not understood.
 	Refused = &Reply{Status: http.StatusServiceUnavailable, Flags: envoy.FlagNoRouteFound, Reason: flow.MeshRefused}
+
+	// noHost is the reply to a request without a host that is to be redirected to its host. A URI of http and https has a host
+	// (RFC 9110 §4.2).
+	noHost = &Reply{Status: http.StatusBadRequest, Flags: envoy.FlagDownstreamProtocolError, Details: envoy.DetailsMissingHost, Reason: flow.BadFraming}
 )
 
 // notFound are the replies to requests whose cluster does not exist, by RouteAction.cluster_not_found_response_code.
