@@ -32,6 +32,7 @@ func TestPods(t *testing.T) {
 		"init containers are refused, and a job ends its sidecar": beEarlyAndEnd,
 		"rules are made by the programs in the image":             useIPTables,
 		"the pod of the document serves":                          playDocument,
+		"a gateway's pod is replaced under load":                  replaceGateway,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -71,7 +71,7 @@ func (p *plane) start(t *testing.T) {
 	if p.ca == nil {
 		p.server = grpc.NewServer()
 	} else {
-		p.server = grpc.NewServer(grpc.Creds(p.ca.Credentials()))
+		p.server = grpc.NewServer(grpc.Creds(p.ca.Credentials(net.IPv4(127, 0, 0, 1))))
 		security.RegisterIstioCertificateServiceServer(p.server, p.ca)
 	}
 	discovery.RegisterAggregatedDiscoveryServiceServer(p.server, server.NewServer(context.Background(), p.cache, server.CallbackFuncs{

@@ -95,13 +95,13 @@ func (a *Authority) RootPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.root.Raw})
 }
 
-// Credentials are those of a server at 127.0.0.1.
-func (a *Authority) Credentials() credentials.TransportCredentials {
+// Credentials are those of a server at an address.
+func (a *Authority) Credentials(address net.IP) credentials.TransportCredentials {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		panic(err)
 	}
-	der, err := a.sign(&x509.Certificate{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}, key.Public())
+	der, err := a.sign(&x509.Certificate{IPAddresses: []net.IP{address}}, key.Public())
 	if err != nil {
 		panic(err)
 	}

@@ -1,4 +1,4 @@
-// Command istiod stands for an istiod in tests of the agent: go-control-plane's server and a CA, with TLS at 127.0.0.1. It
+// Command istiod stands for an istiod in tests of the agent: go-control-plane's server and a CA, with TLS at an address. It
 // configures every node as a sidecar whose inbound ports have the mode of -mtls, and which reaches -outbound by mutual TLS.
 package main
 
@@ -39,7 +39,8 @@ import (
 )
 
 func main() {
-	port := flag.String("port", "15012", "port at 127.0.0.1")
+	port := flag.String("port", "15012", "port at -address")
+	address := flag.String("address", "127.0.0.1", "IP address of the server")
 	directory := flag.String("directory", "", "where root-cert.pem and workload.pem, a certificate and its key, are written, and where the CA's key is kept for a restart")
 	mtls := flag.String("mtls", "PERMISSIVE", "PERMISSIVE or STRICT")
 	token := flag.String("token", "secret", "that nodes authenticate with")
@@ -49,12 +50,12 @@ func main() {
 	interval := flag.Duration("follow", 2*time.Millisecond, "how often a change of the services is looked for; 0: never")
 	policies := flag.Int("policies", -1, "number of authorization policies for requests inside mutual TLS, with 10 rules each; -1: it has no chain for HTTP")
 	flag.Parse()
-	if err := run(*port, *directory, *mtls, *outbound, *token, *push, *services, *interval, *policies); err != nil {
+	if err := run(*address, *port, *directory, *mtls, *outbound, *token, *push, *services, *interval, *policies); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(port, directory, mtls, outbound, token, push, services string, interval time.Duration, policies int) error {
+func run(address, port, directory, mtls, outbound, token, push, services string, interval time.Duration, policies int) error {
 	authority, err := ca.Load(filepath.Join(directory, "key.der"), token)
 	if err != nil {
 		return err
@@ -69,11 +70,11 @@ func run(port, directory, mtls, outbound, token, push, services string, interval
 	if err != nil {
 		return err
 	}
-	socket, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", port))
+	socket, err := net.Listen("tcp", net.JoinHostPort(address, port))
 	if err != nil {
 		return err
 	}
-	s := grpc.NewServer(grpc.Creds(authority.Credentials()))
+	s := grpc.NewServer(grpc.Creds(authority.Credentials(net.ParseIP(address))))
 	discovery.RegisterAggregatedDiscoveryServiceServer(s, service)
 	security.RegisterIstioCertificateServiceServer(s, authority)
 	return s.Serve(socket)
