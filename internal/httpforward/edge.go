@@ -127,6 +127,8 @@ const (
 	forwardedPortField   = "x-forwarded-port"
 	externalAddressField = "x-envoy-external-address"
 	internalField        = "x-envoy-internal"
+
+	forwardedFamily = "x-forwarded-"
 )
 
 // maxEdgeFields is more than the fields that the edge adds.
@@ -154,6 +156,8 @@ func (e *Edge) enter(to *edited, fields HeaderFields, r *flow.Record) (accepted 
 			if e.Underscores == mesh.RejectUnderscores {
 				return false
 			}
+			to.gone[i] = true
+		case disguised(name):
 			to.gone[i] = true
 		case sameName(name, forwardedForField):
 			if !e.KeepFor {
@@ -204,6 +208,16 @@ func (e *Edge) add(to *edited, c *flow.Record, client netip.Addr, internal bool)
 // envoyField reports whether a field is one of those by which Envoys are controlled and report to each other.
 func envoyField(name []byte) bool { return ofFamily(name, "x-envoy-") }
 
+// disguised reports whether a name with underscores is one of those that the edge sets or removes for applications that read
+// underscores and hyphens alike, as those of CGI and WSGI do.
+func disguised(name []byte) bool {
+	if !slices.Contains(name, '_') {
+		return false
+	}
+	plain := bytes.ReplaceAll(name, []byte{'_'}, []byte{'-'})
+	return envoyField(plain) || ofFamily(plain, forwardedFamily)
+}
+
 // ofFamily reports whether a name begins with family, which is in lower case.
 func ofFamily(name []byte, family string) bool {
 	return len(name) > len(family) && sameName(name[:len(family)], family)
@@ -212,7 +226,7 @@ func ofFamily(name []byte, family string) bool {
 // refusesTrailer reports whether clients must not send a field in trailers, because applications may read those like a head.
 // Over HTTP/1 such a trailer is malformed, over HTTP/2 it is removed, whatever Underscores is of the two.
 func (e *Edge) refusesTrailer(name []byte) bool {
-	return envoyField(name) || ofFamily(name, "x-forwarded-") || sameName(name, requestIDField) ||
+	return envoyField(name) || ofFamily(name, forwardedFamily) || sameName(name, requestIDField) || disguised(name) ||
 		e.Underscores != mesh.AllowUnderscores && slices.Contains(name, '_')
 }
 
@@ -308,16 +322,19 @@ func (x *exchange) headLength() int {
 	return x.requestHead.Length
 }
 
-// enter has the edge prepare a request over HTTP/2, and returns its fields. They are valid until the next call. It reports
-// false if the request is rejected.
-func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (prepared []http2.Field, accepted bool) {
+// enter has the edge prepare a request over HTTP/2, and returns its fields, or the reply to a request that is rejected. The
+// fields are valid until the next call.
+func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (prepared []http2.Field, rejected *reply) {
+	if !s.tunnel && request.Scheme != "https" && request.Scheme != "http" {
+		return fields, &replyScheme
+	}
 	if m.edited == nil {
 		m.edited = new(edited)
 	}
 	e := m.edited
 	m.fields = ofBlock(fields)
 	if !s.settings.edge.enter(e, &m.fields, &s.record) {
-		return fields, false
+		return fields, &replyUnderscore
 	}
 	list := append(m.entered[:0], fields[:len(fields)-len(m.fields.list)]...)
 	for i, gone := range e.gone {
@@ -340,7 +357,7 @@ func (m *heads) enter(s *stream, request *http2.Request, fields []http2.Field) (
 		}
 	}
 	m.entered = list
-	return list, true
+	return list, nil
 }
 
 // trailers returns the trailers of a request over HTTP/2 without the fields that clients must not send. e may be nil.
@@ -394,3 +411,7 @@ func parseAddress(text string, peer netip.Addr) netip.Addr {
 
 // replyUnderscore answers a request with a field whose name has an underscore, if such are rejected.
 var replyUnderscore = reply{400, "Bad Request", flow.BadFraming, envoy.FlagDownstreamProtocolError, envoy.DetailsUnderscore}
+
+// replyScheme answers a request over HTTP/2 whose scheme is not one of the web. Servers reset it, which would count as a failure
+// of theirs and eject healthy ones.
+var replyScheme = reply{400, "Bad Request", flow.BadFraming, envoy.FlagDownstreamProtocolError, envoy.DetailsHTTP2InvalidField}

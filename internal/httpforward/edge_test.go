@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"github.com/pillion-proxy/pillion/internal/mesh"
 	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -79,6 +81,9 @@ var untrusted = map[string][]string{
 	"X-Envoy-Upstream-Rq-Timeout-Ms": {"1"},
 	"X-Envoy-Later-Invention":        {"1"},
 	"X_envoy_internal":               {"1"},
+	"X_Forwarded-For":                {"192.0.2.1"},
+	"x_forwarded_client_cert":        {"By=a"},
+	"X_other":                        {"1"},
 	"X-Other":                        {"a", "b"},
 }
 
@@ -95,11 +100,11 @@ func TestTheEdgeReplacesWhatAClientSaysAboutItself(t *testing.T) {
 		}, "peer"},
 		"nobody is trusted": {&Edge{ID: true, Port: true}, untrusted, []string{
 			"x-envoy-external-address: 127.0.0.1", "x-forwarded-for: 203.0.113.7, 203.0.113.8,203.0.113.9,127.0.0.1",
-			"x-forwarded-port: PORT", "x-forwarded-proto: http", "x-other: a|b", "x_envoy_internal: 1", "",
+			"x-forwarded-port: PORT", "x-forwarded-proto: http", "x-other: a|b", "x_other: 1", "",
 		}, "peer"},
 		"one proxy is trusted": {&Edge{TrustedHops: 1, Port: true}, untrusted, []string{
 			"x-envoy-external-address: 203.0.113.9", "x-forwarded-for: 203.0.113.7, 203.0.113.8,203.0.113.9,127.0.0.1",
-			"x-forwarded-port: 1", "x-forwarded-proto: https", "x-other: a|b", "x-request-id: its-own", "x_envoy_internal: 1",
+			"x-forwarded-port: 1", "x-forwarded-proto: https", "x-other: a|b", "x-request-id: its-own", "x_other: 1",
 		}, "203.0.113.9:0"},
 		"two proxies are trusted": {&Edge{TrustedHops: 2, ID: true, KeepID: true, KeepFor: true, Underscores: mesh.DropUnderscores}, untrusted, []string{
 			"x-envoy-external-address: 203.0.113.8", "x-forwarded-for: 203.0.113.7, 203.0.113.8|203.0.113.9",
@@ -107,7 +112,7 @@ func TestTheEdgeReplacesWhatAClientSaysAboutItself(t *testing.T) {
 		}, "203.0.113.8:0"},
 		"more proxies are trusted than there are": {&Edge{TrustedHops: 4}, untrusted, []string{
 			"x-envoy-external-address: 127.0.0.1", "x-forwarded-for: 203.0.113.7, 203.0.113.8,203.0.113.9,127.0.0.1",
-			"x-forwarded-port: 1", "x-forwarded-proto: https", "x-other: a|b", "x-request-id: its-own", "x_envoy_internal: 1",
+			"x-forwarded-port: 1", "x-forwarded-proto: https", "x-other: a|b", "x-request-id: its-own", "x_other: 1",
 		}, "peer"},
 		"an internal client": {&Edge{ID: true, Internal: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}, map[string][]string{
 			"X-Envoy-Retry-On": {"5xx"}, "X-Envoy-External-Address": {"192.0.2.1"}, "X-Request-Id": {"its-own"},
@@ -244,6 +249,11 @@ func TestTheEdgeCannotBeEvaded(t *testing.T) {
 	}
 	r.set(func() { r.router = router })
 	client = r.dial(t)
+	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX_Forwarded_For: 1\r\n\r\n")
+	if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 400 ") {
+		t.Errorf("where underscores are allowed, a trailer X_Forwarded_For is answered %q, want 400", got)
+	}
+	client = r.dial(t)
 	send(t, client, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nx_other: 1\r\nx-envoy: 2\r\n\r\n")
 	expect(t, o.accept(), "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"+strings.Replace(added, "192.0.2.1,", "", 1)+
 		"\r\n0\r\nx_other: 1\r\nx-envoy: 2\r\n\r\n")
@@ -268,6 +278,34 @@ func TestTrailersOfHTTP2PassTheEdge(t *testing.T) {
 		}
 		if err != nil || !slices.Equal(trailers, []string{"trailer x-other: kept"}) {
 			t.Errorf("many %v: the server receives the trailers %q, %v", many, trailers, err)
+		}
+	}
+}
+
+// A scheme that servers reset would be a way to have them ejected: it is answered at the edge, and reaches none. Clients inside of
+// the mesh are free to use it.
+func TestTheEdgeRejectsOtherSchemes(t *testing.T) {
+	for _, many := range []bool{false, true} {
+		for _, c := range []struct {
+			edge   *Edge
+			scheme string
+			want   string
+		}{{&Edge{}, "http", "200"}, {&Edge{}, "https", "200"}, {&Edge{}, "file", "400"}, {&Edge{}, "http://x/?", "400"}, {nil, "file", ""}} {
+			r, router := newEdge(t, c.edge, true, many)
+			client := newSpeaker(t, r.dial(t))
+			send(t, client.conn, http2.ClientPreface)
+			client.sends("SETTINGS")
+			client.sends("HEADERS 1 end :method=GET :scheme=" + c.scheme + " :path=/ :authority=a")
+			got := client.next()
+			for strings.HasPrefix(got, "SETTINGS") || strings.HasPrefix(got, "WINDOW") {
+				got = client.next()
+			}
+			if c.edge != nil && !strings.Contains(got, " :status="+c.want) {
+				t.Errorf("many %v, %+v: %q", many, c, got)
+			}
+			if routed := len(router.seen) > 0; routed == (c.want == "400") {
+				t.Errorf("many %v, %+v: it was routed: %v", many, c, routed)
+			}
 		}
 	}
 }

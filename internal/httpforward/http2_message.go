@@ -37,9 +37,9 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 	s.tunnel, s.head = request.Tunnel(), request.Method == http.MethodHead
 	tooMuch := m.holdsTooMuch()
 	m.squeeze(s)
-	accepted := true
+	var rejected *reply
 	if err == nil && whole && s.settings.edge != nil {
-		fields, accepted = m.enter(s, &request, fields)
+		fields, rejected = m.enter(s, &request, fields)
 	}
 	seen := s.recordRequest(&request, fields)
 	if m.Peers.readsRequests() {
@@ -52,8 +52,8 @@ func (m *multiplex) fromDownstream(id uint32, end bool, fields []http2.Field, wh
 		return m.answer(s, &replyHeaderListTooLarge, nil)
 	case err != nil:
 		return m.malformed(s, err)
-	case !accepted:
-		return m.answer(s, &replyUnderscore, nil)
+	case rejected != nil:
+		return m.answer(s, rejected, nil)
 	case end && !s.request.whole():
 		return m.malformed(s, http2.LengthMismatch)
 	case m.lost != nil:

@@ -42,14 +42,14 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 		fields = http2.SingleLength(fields)
 	}
 	tooMuch := h.holdsTooMuch()
-	c, accepted := h.newCall(id, end, &request, fields, err == nil && whole)
+	c, rejected := h.newCall(id, end, &request, fields, err == nil && whole)
 	switch {
 	case !whole:
 		return h.answer(c, &replyHeaderListTooLarge, nil)
 	case err != nil:
 		return h.malformed(c, err)
-	case !accepted:
-		return h.answer(c, &replyUnderscore, nil)
+	case rejected != nil:
+		return h.answer(c, rejected, nil)
 	case end && !c.request.whole():
 		return h.malformed(c, http2.LengthMismatch)
 	case h.streams.active > h.maxStreams():
@@ -64,7 +64,7 @@ func (h *hub) fromDownstream(id uint32, end bool, fields []http2.Field, whole bo
 }
 
 // newCall enters a request into the table. The edge prepares a valid one, or rejects it.
-func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http2.Field, valid bool) (c *call, accepted bool) {
+func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http2.Field, valid bool) (c *call, rejected *reply) {
 	s := takeStream(h.engine, &h.Connection, id, h.requests)
 	s.request = body{declared: request.ContentLength, ended: end}
 	s.response = body{declared: -1}
@@ -79,9 +79,8 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	c.req = pipe{c: c, up: true, credit: streamWindow, keep: true, queue: c.req.queue}
 	c.resp = pipe{c: c, window: h.down.initial, credit: streamWindow, queue: c.resp.queue}
 	h.squeeze(s)
-	accepted = true
 	if valid && s.settings.edge != nil {
-		fields, accepted = h.enter(s, request, fields)
+		fields, rejected = h.enter(s, request, fields)
 	}
 	c.sent.Request = *request
 	c.sent.has = s.recordRequest(request, fields)
@@ -91,7 +90,7 @@ func (h *hub) newCall(id uint32, end bool, request *http2.Request, fields []http
 	}
 	h.keepCall(c)
 	h.streams.add(s)
-	return c, accepted
+	return c, rejected
 }
 
 // decide routes a call, and does what the decision asks for.
