@@ -23,9 +23,10 @@ PROSE_DOCUMENTS ?= 2
 MAX_BINARY ?= 15650000
 
 # Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.7 MB.
-COLD := ./agent ./cmd/... ./iptables/... ./run \
-	$(addprefix ./internal/,admin certview configdump configview controlplane dns edge identity istiod preflight probe \
-		promtext proxyconfig sandbox scrape terminal xds) \
+COLD := ./agent ./cmd/... ./healthz ./iptables/... ./run \
+	$(addprefix ./internal/,admin capture cel certview checklist commandline configdump configview controlplane datagram dns edge \
+		export identity istiod jwks localaddr logring netns ownport podinfo preflight probe promtext proxyconfig sandbox scrape \
+		status terminal xds) \
 	archive/tar compress/flate crypto/ecdsa crypto/ed25519 crypto/elliptic crypto/rsa crypto/x509 encoding/asn1 encoding/hex \
 	encoding/json encoding/pem fmt html log/slog math/big mime net net/http net/textproto net/url \
 	reflect regexp/syntax runtime/pprof text/... \
