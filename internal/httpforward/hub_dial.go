@@ -138,7 +138,10 @@ func (l *leg) over(waiting int) bool {
 func (l *leg) load() int { return l.open + l.joined }
 
 // room returns how many streams the connection has a place for; negative: as many calls wait.
-func (l *leg) room() int { return int(l.target.Streams(min(l.limit, maxStreams))) - l.load() }
+func (l *leg) room() int { return l.places() - l.load() }
+
+// places returns how many streams the connection may have at a time.
+func (l *leg) places() int { return int(l.target.Streams(min(l.limit, maxStreams))) }
 
 // enter and leave keep the table of the leg's calls. A leg of HTTP/1 has one call at a time.
 func (l *leg) enter(c *call) {
@@ -284,7 +287,7 @@ func (l *leg) nextWaiting() *call {
 
 // takes reports whether a call can be opened on the connection now.
 func (l *leg) takes() bool {
-	return l.conn != nil && !l.closing && l.readErr == nil && l.open < int(l.limit) && !l.full()
+	return l.conn != nil && !l.closing && l.readErr == nil && l.open < l.places() && !l.full()
 }
 
 // share opens calls that wait for a place on a connection of HTTP/2 on others to the same target. It reports whether it has opened

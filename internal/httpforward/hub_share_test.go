@@ -1,9 +1,11 @@
 package httpforward
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
 // A connection whose server takes no streams holds back no call that another connection to the target can carry. Calls that wait for it
@@ -55,4 +57,30 @@ func TestCallsAvoidAConnectionThatTakesNoStreams(t *testing.T) {
 			t.Errorf("the record is %+v", got)
 		}
 	}
+}
+
+// The limit of a cluster holds as well when a hub has as many connections as it may: further calls wait for a place.
+func TestCallsWaitForAPlaceWithinTheLimitOfTheirCluster(t *testing.T) {
+	o := newOrigin(t)
+	security := &upstream.Security{Options: upstream.Options{Streams: 1}}
+	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) {
+		d.Target = upstream.Target{Address: o.address, Security: security}
+	}}, plain)
+	client := greetHub(t, r, "")
+	var servers []*speaker
+	for n := range maxLegs {
+		client.sends(fmt.Sprintf("GET %d", 2*n+1))
+		server := acceptHub(t, o, "")
+		server.reads("GET 1")
+		server.reads("SETTINGS ack")
+		servers = append(servers, server)
+	}
+	client.sends(fmt.Sprintf("GET %d", 2*maxLegs+1))
+	client.sends("PING 12345678") // it has been decided about behind that
+	client.reads("PING ack 12345678")
+	servers[1].sends("HEADERS 1 end :status=200")
+	client.reads("HEADERS 3 end :status=200")
+	servers[1].reads("GET 3")
+	servers[1].sends("HEADERS 3 end :status=200")
+	client.reads(fmt.Sprintf("HEADERS %d end :status=200", 2*maxLegs+1))
 }
