@@ -51,7 +51,12 @@ func newTestRouting(t testing.TB) *routing {
 	role.securities.Store(&map[secured]*upstream.Security{})
 	t.Cleanup(role.Close)
 	c := &Conn{role: role, Record: &flow.Record{OriginalDestination: netip.MustParseAddrPort("198.51.100.1:80")}}
-	return c.newRouting(&governed{snapshot: snapshot})
+	info := c.info()
+	chain, refusal := role.meet(snapshot, &info)
+	if chain == nil {
+		t.Fatalf("there is no filter chain: %s", refusal)
+	}
+	return c.newRouting(&governed{snapshot: snapshot, chain: chain})
 }
 
 func TestARoutedRequestDoesNotAllocate(t *testing.T) {
