@@ -251,6 +251,50 @@ func TestAHubStopsResponsesThatItRetries(t *testing.T) {
 	}
 }
 
+// placed is a lease that counts the places of requests that are sent again.
+type placed struct {
+	Lease
+	taken *atomic.Int32
+}
+
+func (p placed) Retry() bool { p.taken.Add(1); return true }
+
+func (p placed) EndRetry() { p.taken.Add(-1) }
+
+// A reply that is not taken, and the call with it, hold no place among the requests that are sent again.
+func TestAReplyHoldsNoPlaceOfARetry(t *testing.T) {
+	o := newOrigin(t)
+	held, taken, decisions := &leases{}, new(atomic.Int32), new(atomic.Int32)
+	plan := &route.Plan{Retry: retrying(mesh.Retry5xx, 2)}
+	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) {
+		if decisions.Add(1) == 2 && taken.Load() != 1 {
+			t.Errorf("another attempt has %d places", taken.Load())
+		}
+		d.Plan, d.Target.Address, d.Lease = plan, o.address, placed{held.open(), taken}
+	}}, plain)
+	client := greetHub(t, r, "4=0")
+	client.sends("GET 1")
+	for range 3 {
+		server := acceptHub(t, o, "")
+		server.reads("GET 1")
+		server.conn.Close()
+	}
+	if got := client.next(); !strings.HasPrefix(got, "HEADERS 1 :status=503") {
+		t.Fatalf("the client read %q", got)
+	}
+	if n := taken.Load(); n != 0 || r.records.count() != 0 {
+		t.Errorf("a reply that is not taken holds %d places; %d records", n, r.records.count())
+	}
+	client.sends("WINDOW 1 1000")
+	if got := client.next(); !strings.HasPrefix(got, "DATA 1 end upstream_connect_error") {
+		t.Errorf("the client read %q", got)
+	}
+	if got := r.records.await(t, 0); got.attempts != 3 || taken.Load() != 0 {
+		t.Errorf("the record is %+v, %d places", got, taken.Load())
+	}
+	held.check(t, nil)
+}
+
 func TestTheLastAttemptOfAHubIsForwarded(t *testing.T) {
 	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503); io.WriteString(w, "sorry") })
 	r := newHub(t, origin, &planned{decide: func(_ *Request, d *Decision) { d.Plan = &route.Plan{Retry: retrying(mesh.Retry5xx, 2)} }})

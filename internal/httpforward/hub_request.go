@@ -382,6 +382,7 @@ func (h *hub) answer(c *call, r *reply, err error) error {
 	}
 	c.replied, c.reason, c.err = true, r.reason, err
 	c.policy, c.resp.pace = nil, nil
+	c.place.leave() // downstream may not take the reply
 	l := &h.down
 	block, at := l.beginBlock()
 	block = c.appendReply(block, l.encoder, r, h.Peers.server(), h.now(), text != "")
