@@ -255,9 +255,15 @@ func TestAHubStopsResponsesThatItRetries(t *testing.T) {
 type placed struct {
 	Lease
 	taken *atomic.Int32
+	none  bool // there is no place
 }
 
-func (p placed) Retry() bool { p.taken.Add(1); return true }
+func (p placed) Retry() bool {
+	if !p.none {
+		p.taken.Add(1)
+	}
+	return !p.none
+}
 
 func (p placed) EndRetry() { p.taken.Add(-1) }
 
@@ -270,7 +276,7 @@ func TestAReplyHoldsNoPlaceOfARetry(t *testing.T) {
 		if decisions.Add(1) == 2 && taken.Load() != 1 {
 			t.Errorf("another attempt has %d places", taken.Load())
 		}
-		d.Plan, d.Target.Address, d.Lease = plan, o.address, placed{held.open(), taken}
+		d.Plan, d.Target.Address, d.Lease = plan, o.address, placed{held.open(), taken, false}
 	}}, plain)
 	client := greetHub(t, r, "4=0")
 	client.sends("GET 1")
@@ -291,6 +297,29 @@ func TestAReplyHoldsNoPlaceOfARetry(t *testing.T) {
 	}
 	if got := r.records.await(t, 0); got.attempts != 3 || taken.Load() != 0 {
 		t.Errorf("the record is %+v, %d places", got, taken.Load())
+	}
+	held.check(t, nil)
+}
+
+// A cancelled call of gRPC is not reported as a failure of the server where there is no place for another attempt either.
+func TestACancelledCallWithoutAPlaceForARetryIsCancelled(t *testing.T) {
+	o := newOrigin(t)
+	held, taken := &leases{}, new(atomic.Int32)
+	plan := &route.Plan{Retry: retrying(mesh.Retry5xx, 2)}
+	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) {
+		d.Plan, d.Target.Address, d.Lease = plan, o.address, placed{held.open(), taken, true}
+	}}, plain)
+	client := greetHub(t, r, "")
+	client.sends("HEADERS 1 end :method=POST :scheme=http :authority=a :path=/ content-type=application/grpc te=trailers")
+	server := acceptHub(t, o, "")
+	if got := server.next(); !strings.HasPrefix(got, "HEADERS 1 end") {
+		t.Fatalf("the server read %q", got)
+	}
+	server.reads("SETTINGS ack")
+	server.sends("RST 1 CANCEL")
+	client.reads("RST 1 CANCEL")
+	if got := r.records.await(t, 0); got.attempts != 1 || got.reason != flow.UpstreamReset {
+		t.Errorf("the record is %+v", got)
 	}
 	held.check(t, nil)
 }

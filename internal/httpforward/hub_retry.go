@@ -161,8 +161,11 @@ func (h *hub) resetStream(l *leg, id uint32, code http2.Code) error {
 // passesReset reports whether a reset before the response is passed on in the place of a reply. A gRPC server cancels a call at
 // its deadline, and the client reads that from the code; a reply would report that the server is not available.
 func (h *hub) passesReset(c *call, code http2.Code) bool {
-	retried := c.policy != nil && c.left > 0 && h.repeatable(c) && retriesFailure(c.policy, failedReset, false)
-	return c.http.GRPC && code == http2.Cancel && !retried
+	if !c.http.GRPC || code != http2.Cancel {
+		return false
+	}
+	retried := c.policy != nil && c.left > 0 && h.repeatable(c) && retriesFailure(c.policy, failedReset, false) && c.permitsRetry()
+	return !retried
 }
 
 // left ends a call that downstream has reset.
