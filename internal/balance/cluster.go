@@ -165,19 +165,31 @@ const (
 )
 
 // Known reports whether the names of the cluster's hosts were looked up. If not, it begins that.
-func (c *Cluster) Known() bool {
-	v := c.view.Load()
-	return v.names == nil || v.names.ready()
+func (c *Cluster) Known() bool { return c.settled() != nil }
+
+// settled returns the view in force; nil: the names of its hosts are not known yet, and are being looked up.
+func (c *Cluster) settled() *view {
+	for {
+		v := c.view.Load()
+		switch {
+		case v.names == nil:
+			return v
+		case !v.names.ready():
+			return nil
+		case c.view.Load() == v: // otherwise the names may have become known after v was made, which lacks the hosts then
+			return v
+		}
+	}
 }
 
 // Pick chooses a host.
 func (c *Cluster) Pick(r *Request) (Choice, Failure) {
-	v := c.view.Load()
+	v := c.settled()
+	if v == nil {
+		return Choice{}, Resolving
+	}
 	if v.renew != 0 && time.Now().UnixNano() > v.renew {
 		v = c.advance(v)
-	}
-	if !c.Known() {
-		return Choice{}, Resolving
 	}
 	m := v.pick(r)
 	if m == nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -214,4 +215,31 @@ func TestAPushKeepsWhatIsKnown(t *testing.T) {
 			t.Errorf("hosts %v", got)
 		}
 	})
+}
+
+// A request that comes while the names become known is sent, or waits.
+func TestAPickMeetsNoClusterWithoutItsHosts(t *testing.T) {
+	const clusters, picking = 3000, 4
+	r := &resolver{answers: map[string][]netip.Addr{}, ttl: time.Hour}
+	r.set("a.example", 1)
+	for range clusters {
+		b, c, _ := newNamed(t, r, mesh.StrictDNS, "a.example")
+		var failures [picking]Failure
+		var all sync.WaitGroup
+		for i := range picking {
+			all.Go(func() {
+				for failures[i] = Resolving; failures[i] == Resolving; runtime.Gosched() {
+					var choice Choice
+					if choice, failures[i] = c.Pick(&Request{}); choice.Lease != nil {
+						choice.Lease.End(Outcome{GRPC: -1})
+					}
+				}
+			})
+		}
+		all.Wait()
+		b.Close()
+		if failures != [picking]Failure{} {
+			t.Fatalf("picks failed: %v", failures)
+		}
+	}
 }
