@@ -215,7 +215,7 @@ func disguised(name []byte) bool {
 		return false
 	}
 	plain := bytes.ReplaceAll(name, []byte{'_'}, []byte{'-'})
-	return envoyField(plain) || ofFamily(plain, forwardedFamily)
+	return envoyField(plain) || ofFamily(plain, forwardedFamily) || sameName(plain, requestIDField)
 }
 
 // ofFamily reports whether a name begins with family, which is in lower case.

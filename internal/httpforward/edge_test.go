@@ -83,6 +83,7 @@ var untrusted = map[string][]string{
 	"X_envoy_internal":               {"1"},
 	"X_Forwarded-For":                {"192.0.2.1"},
 	"x_forwarded_client_cert":        {"By=a"},
+	"X_request_Id":                   {"another"},
 	"X_other":                        {"1"},
 	"X-Other":                        {"a", "b"},
 }
