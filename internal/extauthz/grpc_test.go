@@ -1,6 +1,7 @@
 package extauthz
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -77,6 +78,86 @@ func TestAChangeThatIsNotCarriedOutAllowsNothing(t *testing.T) {
 		}
 		if a := asked(message, true); a.Denied || (a.Err != nil) != c.fails || c.fails && len(a.Edits)+len(a.ResponseEdits) > 0 {
 			t.Errorf("%s, fails open: %+v", name, a)
+		}
+	}
+}
+
+// Only the code OK allows. A denial has a status from 200 to 599, 403 if the server has given no such one, and header fields that may
+// be changed, of a bounded number.
+func TestDenialsOfAServerThatIsAskedByGRPC(t *testing.T) {
+	code := func(code uint64) []byte { return wire.AppendBytes(nil, 1, wire.AppendVarint(nil, 1, code)) }
+	status := func(n uint64) []byte { return wire.AppendBytes(nil, 1, wire.AppendVarint(nil, 1, n)) }
+	refusing := func(parts ...[]byte) []byte { return wire.AppendBytes(nil, 2, slices.Concat(parts...)) }
+	field := func(name, value string) []byte { return wire.AppendBytes(nil, 2, option(name, value)) }
+	fields := [][]byte{field(":status", "200"), field("x-a", "1\r\nx-b: 2"), field("x-a", "3"), field("Location", "/login")}
+	for name, c := range map[string]struct {
+		message []byte
+		status  int // 0: it is allowed
+		fields  int
+	}{
+		"OK":                              {code(0), 0, 0},
+		"nothing":                         {nil, 0, 0},
+		"OK, with a denial":               {append(code(0), refusing(status(401))...), 0, 0},
+		"not OK":                          {code(7), 403, 0},
+		"another code":                    {code(16), 403, 0},
+		"an unknown code":                 {code(99), 403, 0},
+		"a large code":                    {code(1 << 32), 403, 0},
+		"not OK, with changes":            {append(code(5), allowing(nil)...), 403, 0},
+		"a status":                        {append(code(7), refusing(status(401))...), 401, 0},
+		"a status of success":             {append(code(7), refusing(status(200))...), 200, 0},
+		"a status that is too small":      {append(code(7), refusing(status(199))...), 403, 0},
+		"a status that is too large":      {append(code(7), refusing(status(600))...), 403, 0},
+		"fields":                          {append(code(7), refusing(fields...)...), 403, 2},
+		"more fields than are read":       {append(code(7), refusing(slices.Repeat([][]byte{field("x", "y")}, maxEdits+1)...)...), 403, maxEdits},
+		"a message that ends too early":   {[]byte{0x0a, 9}, 503, 0},
+		"the same, after a code of OK":    {append(code(0), 0x1a, 9), 503, 0},
+		"the same, within what it allows": {allowing([]byte{0x12, 9}), 503, 0},
+	} {
+		a := asked(c.message, false)
+		if c.status == 0 {
+			if a.Denied || a.Err != nil {
+				t.Errorf("%s: %+v", name, a)
+			}
+			continue
+		}
+		if !a.Denied || a.Reply.Status != c.status || len(a.Reply.Fields) != c.fields || (a.Err != nil) != (c.status == 503) {
+			t.Errorf("%s: %+v, %+v", name, a, a.Reply)
+		}
+	}
+}
+
+// Changes of an answer are bounded, whatever they change.
+func TestChangesOfAnAnswerAreBounded(t *testing.T) {
+	for name, change := range map[string][]byte{
+		"fields": wire.AppendBytes(nil, 2, option("x", "y")), "fields of the response": wire.AppendBytes(nil, 6, option("x", "y")),
+		"removals": wire.AppendString(nil, 5, "x"), "parameters": wire.AppendBytes(nil, 7, pair("a", "b")), "removals of parameters": wire.AppendString(nil, 8, "a"),
+	} {
+		for n, fails := range map[int]bool{maxEdits: false, maxEdits + 1: true} {
+			if a := asked(allowing(bytes.Repeat(change, n)), false); a.Denied != fails {
+				t.Errorf("%d %s: %+v", n, name, a.Err)
+			}
+		}
+	}
+}
+
+// The fields that a server sees are those of the configuration, with all their values.
+func TestAServerThatIsAskedByGRPCSeesTheSelectedFields(t *testing.T) {
+	r := &Request{Method: "GET", Path: "/p", Host: "a", Scheme: "https", Fields: []route.Field{
+		{Name: "X-Role", Value: "a"}, {Name: "x-secret", Value: "b"}, {Name: "x-role", Value: "c"},
+	}}
+	for want, e := range map[string]*mesh.ExtAuthz{
+		":authority=a :path=/p :method=GET :scheme=https x-role=a,c x-secret=b": {},
+		":authority=a :path=/p :method=GET :scheme=https x-role=a,c":            {NotHeaders: oneName("x-secret")},
+		"x-role=a,c": {Headers: oneName("x-role")},
+		":path=/p":   {Headers: append(oneName("x-role"), oneName(":path")...), NotHeaders: oneName("x-role")},
+		"":           {Headers: []mesh.StringMatcher{}},
+	} {
+		var got []string
+		for _, f := range joined(sentFields(e, r)) {
+			got = append(got, f.Name+"="+f.Value)
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%+v: the server sees %q, want %q", e, got, want)
 		}
 	}
 }
