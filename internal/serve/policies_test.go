@@ -31,6 +31,17 @@ func TestTwoHostsAreRejected(t *testing.T) {
 	}
 }
 
+// A filter whose configuration has not come, or is not supported, refuses all requests, whatever follows it.
+func TestAFilterThatIsNotInForceRefusesRequests(t *testing.T) {
+	for name, f := range map[string]mesh.HTTPFilter{"has not come": {Name: "f", OnItsOwn: true}, "is not supported": {Name: "f", Refused: true}} {
+		h := &mesh.HTTPManager{Filters: []mesh.HTTPFilter{f, {Name: "rbac", RBAC: &mesh.RBAC{}}}}
+		r := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte("/"), Fields: fieldList{}}
+		if _, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r); reply == nil {
+			t.Errorf("a request passes a filter that %s", name)
+		}
+	}
+}
+
 // Verdicts of policies that are not enforced are recorded in the order of their filters, for requests that pass as well as for
 // those that are denied.
 func TestDryRunsAreRecorded(t *testing.T) {
