@@ -41,11 +41,14 @@ func TestServersAgreeOnAnExchangeOfMetadataAsConfigured(t *testing.T) {
 	}
 }
 
-// Names that no roots verify would be a claim of the server.
+// Names or hashes that are compared without roots would be those of any server that claims to have them.
 func TestNamesWithoutRootsAreAnError(t *testing.T) {
-	names := []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: idOfServer}}}
-	if client, err := NewContexts(without{}, nil).Client(&mesh.UpstreamTLS{Names: names}, TCP, ""); err == nil {
-		t.Errorf("accepted: %+v", client)
+	for _, server := range []*mesh.UpstreamTLS{
+		{Names: []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Text: idOfServer}}}}, {Pins: []mesh.Pin{{}}},
+	} {
+		if client, err := NewContexts(without{}, nil).Client(server, TCP, ""); err == nil {
+			t.Errorf("accepted: %+v", client)
+		}
 	}
 }
 

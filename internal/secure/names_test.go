@@ -45,6 +45,8 @@ func TestNamesAreMatchedByTheirType(t *testing.T) {
 		{mesh.EmailName, text(mesh.MatchExact, "a@b"), &x509.Certificate{EmailAddresses: []string{"a@b"}}, true},
 		{mesh.IPName, text(mesh.MatchExact, "192.0.2.1"), &x509.Certificate{IPAddresses: []net.IP{net.IPv4(192, 0, 2, 1)}}, true},
 		{mesh.AnyName, mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "WEB", IgnoreCase: true}, host("Web.example"), true},
+		{mesh.AnyName, text(mesh.MatchRegex, ".*"), host("a\nb"), false}, // whether it is meant is not known
+		{mesh.AnyName, text(mesh.MatchRegex, ".*"), host("a\xff"), false},
 		{mesh.AnyName, mesh.StringMatcher{}, &x509.Certificate{}, false},
 	} {
 		matcher := mesh.NameMatcher{Type: c.of, StringMatcher: c.text}

@@ -242,3 +242,112 @@ func TestServersHaveTheConfiguredVersionsAndSuites(t *testing.T) {
 		}
 	}
 }
+
+// owning is a Source with an identity of the workload besides secrets.
+type owning struct {
+	pushed
+	own *identity.Identity
+}
+
+func (o *owning) Identity() *identity.Identity { return o.own }
+
+// reach performs a handshake with a server that presents a certificate, as a cluster's TLS has it.
+func (w *world) reach(t *testing.T, source Source, cluster *mesh.UpstreamTLS, host string, server *tls.Certificate) error {
+	t.Helper()
+	context, err := NewContexts(source, nil).Client(cluster, HTTP1, host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far, near := w.pair(t)
+	go tls.Server(far, &tls.Config{Certificates: []tls.Certificate{*server}}).Handshake()
+	waiter := tcp.NewWaiter(t.Context())
+	defer waiter.Close()
+	_, err = Client(waiter, near, context, time.Now().Add(nettest.Patience))
+	return err
+}
+
+// What a cluster's TLS demands of a server's certificate.
+func TestServersAreVerifiedAsConfigured(t *testing.T) {
+	w := newWorld(t)
+	named := func(name string) *tls.Certificate {
+		return w.Leaf(t, "", func(c *x509.Certificate) { c.DNSNames = []string{name} })
+	}
+	issuer := w.issuer(t, func(c *x509.Certificate) {
+		c.SerialNumber.SetInt64(98)
+		c.KeyUsage |= x509.KeyUsageCRLSign
+	})
+	revoked := w.Leaf(t, idOfServer, func(c *x509.Certificate) { c.SerialNumber.SetInt64(99) })
+	servers := map[string]*tls.Certificate{
+		"workload": w.server, "revoked": revoked, "web.example": named("web.example"), "wild": named("*.example"),
+		"for clients only": w.Leaf(t, idOfServer, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[1:] }),
+		"of another CA":    securetest.New(t, "another root").Leaf(t, idOfServer, nil),
+		"under a revoked":  issuer.Leaf(t, idOfServer, nil),
+	}
+	servers["under a revoked"].Certificate = append(servers["under a revoked"].Certificate, issuer.Certificate.Raw)
+	lists := append(w.Revoke(t, revoked, &tls.Certificate{Leaf: issuer.Certificate}), issuer.Revoke(t)...)
+	file := filepath.Join(t.TempDir(), "crl.pem")
+	if err := os.WriteFile(file, lists, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := identity.ParseRevocations(lists)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, listed := &owning{own: &identity.Identity{Roots: w.Roots}}, &owning{own: &identity.Identity{Roots: w.Roots, Revocations: parsed}}
+	for _, source := range []*owning{plain, listed} {
+		source.push(t, securetest.RootsSecret("ca", w.Roots, nil))
+		edit := source.snapshot.Edit()
+		refused := *source.snapshot.Secret("ca")
+		refused.Name, refused.Refused = "refused", true
+		edit.SetSecret("refused", &refused)
+		source.snapshot, _ = edit.Snapshot()
+	}
+	const accepted = Failure(255)
+	each := func(workload, revoked, web, wild, under Failure) map[string]Failure {
+		return map[string]Failure{
+			"workload": workload, "revoked": revoked, "web.example": web, "wild": wild, "under a revoked": under,
+			"for clients only": WrongUsage, "of another CA": UnknownRoot,
+		}
+	}
+	none := map[string]Failure{}
+	for name := range servers {
+		none[name] = NoIdentity
+	}
+	lines := []mesh.NameMatcher{{StringMatcher: mesh.StringMatcher{Kind: mesh.MatchRegex, Text: ".*"}}}
+	for name, c := range map[string]struct {
+		source  *owning
+		cluster mesh.UpstreamTLS
+		host    string
+		want    map[string]Failure
+	}{
+		"roots":                         {plain, mesh.UpstreamTLS{Roots: "ca"}, "", each(accepted, accepted, accepted, accepted, accepted)},
+		"roots that are not supported":  {plain, mesh.UpstreamTLS{Roots: "refused"}, "", none},
+		"the mesh":                      {plain, mesh.UpstreamTLS{Roots: OwnRoots}, "", each(accepted, accepted, NoSPIFFE, NoSPIFFE, accepted)},
+		"the mesh, with lists":          {listed, mesh.UpstreamTLS{Roots: OwnRoots}, "", each(accepted, Revoked, NoSPIFFE, NoSPIFFE, Revoked)},
+		"lists in a file":               {plain, mesh.UpstreamTLS{Roots: "ca", CRL: mesh.CRL{Path: file}}, "", each(accepted, Revoked, accepted, accepted, Revoked)},
+		"lists in a file, of leaves":    {plain, mesh.UpstreamTLS{Roots: "ca", CRL: mesh.CRL{Path: file, LeafOnly: true}}, "", each(accepted, Revoked, accepted, accepted, accepted)},
+		"the host of the request":       {plain, mesh.UpstreamTLS{Roots: "ca", HostName: true}, "web.example", each(NameRefused, NameRefused, accepted, accepted, NameRefused)},
+		"another host":                  {plain, mesh.UpstreamTLS{Roots: "ca", HostName: true}, "a.web.example", each(NameRefused, NameRefused, NameRefused, NameRefused, NameRefused)},
+		"the host instead of the names": {plain, mesh.UpstreamTLS{Roots: "ca", HostName: true, Names: lines}, "other.example", each(NameRefused, NameRefused, NameRefused, accepted, NameRefused)},
+		"another hash":                  {plain, mesh.UpstreamTLS{Roots: OwnRoots, Pins: []mesh.Pin{{}}}, "", each(NotPinned, NotPinned, NoSPIFFE, NoSPIFFE, NotPinned)},
+	} {
+		for server, want := range c.want {
+			if err := w.reach(t, c.source, &c.cluster, c.host, servers[server]); want == accepted && err != nil || want != accepted && !failedAs(err, want) {
+				t.Errorf("%s, the server %s: %v", name, server, err)
+			}
+		}
+	}
+	// A server of the mesh demands a SPIFFE ID of its clients as well.
+	chain := &mesh.DownstreamTLS{Certificates: []string{OwnCertificate}, Roots: OwnRoots, RequireClient: true}
+	plain.own.Certificate, listed.own.Certificate = *w.server, *w.server
+	for name, want := range each(accepted, Revoked, NoSPIFFE, NoSPIFFE, Revoked) {
+		client := w.peer()
+		client.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return servers[name], nil }
+		if name == "for clients only" {
+			want = accepted
+		}
+		if session, err := w.meet(t, listed, chain, client); want == accepted && err != nil || want != accepted && (session != nil || !failedAs(err, want)) {
+			t.Errorf("the client %s: %v", name, err)
+		}
+	}
+}
