@@ -93,8 +93,8 @@ func (c *Conn) authorizeByServers(g *governed, s *authz.Subject) bool {
 			continue
 		case e.Refused:
 			return c.abandon(flow.MeshRefused, errRefusedServer)
-		case e.When != nil && !(e.When.Filter == networkRBACFilter && shadows.match(e.When) != match.No):
-			continue
+		case e.When != nil && e.When.Filter == networkRBACFilter && shadows.match(e.When) == match.No:
+			continue // what other filters of Envoy leave is not known; see gate.Match
 		}
 		denial, ok := c.askAbout(e, s)
 		switch {
