@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"net/netip"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -38,6 +39,17 @@ func TestAFilterThatIsNotInForceRefusesRequests(t *testing.T) {
 		r := &httpforward.Request{Connection: &flow.Record{}, Method: []byte("GET"), Path: []byte("/"), Fields: fieldList{}}
 		if _, reply, _ := new(gate).pass(&mesh.Snapshot{}, h, r); reply == nil {
 			t.Errorf("a request passes a filter that %s", name)
+		}
+	}
+}
+
+// At the edge, a client does not choose its address by x-forwarded-for: it is the one that the edge has found.
+func TestTheAddressOfAClientAtTheEdgeIsNotItsOwnWord(t *testing.T) {
+	found, peer := netip.MustParseAddrPort("192.0.2.1:9"), netip.MustParseAddr("192.0.2.2")
+	r := &httpforward.Request{Connection: &flow.Record{}, Client: found, Fields: fieldList{"x-forwarded-for", "192.0.2.3"}}
+	for edge, want := range map[bool]string{true: "192.0.2.1", false: "192.0.2.3"} {
+		if got := clientAddress(&mesh.HTTPManager{UseRemoteAddress: edge}, r, peer); got.String() != want {
+			t.Errorf("at the edge %v: %v, want %s", edge, got, want)
 		}
 	}
 }
