@@ -224,6 +224,8 @@ func TestRequirements(t *testing.T) {
 	anyIssuer.Headers = []mesh.TokenHeader{{Name: "X-c"}}
 	forX, forY := provided("a"), a // the audiences of a requirement take the place of those of its provider
 	forX.Audiences, forY.Audiences = []string{"x"}, []string{"y"}
+	forZ := provided("a")
+	forZ.Audiences = []string{"z"}
 	named.Named = []mesh.NamedRequirement{{Name: "n", JWTRequirement: provided("a")}}
 	for name, c := range map[string]struct {
 		filter  *mesh.JWT
@@ -250,6 +252,7 @@ func TestRequirements(t *testing.T) {
 		"all of two, without the second":      {requiring(all(provided("a"), provided("b")), a, b), request("/", "x-a", ofA), "Jwt is missing"},
 		"audiences of its own":                {requiring(forX, a), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"a","aud":"x"}`)), ""},
 		"audiences of its own, another":       {requiring(forX, forY), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"a","aud":"y"}`)), otherAudience.text},
+		"two audiences, one of them":          {requiring(all(forX, forZ), a), request("/", "x-a", sign(t, jose.ES256, ecKey, "", `{"iss":"a","aud":"x"}`)), otherAudience.text},
 		"not required":                        {requiring(mesh.JWTRequirement{Kind: mesh.JWTNotRequired}, a), request("/", "x-a", "x"), ""},
 		"a name":                              {named, request("/", "x-a", ofA), ""},
 		"a name, no token":                    {named, request("/"), "Jwt is missing"},
