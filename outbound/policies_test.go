@@ -71,6 +71,47 @@ func TestPoliciesApplyBeforeRoutes(t *testing.T) {
 	c.Close()
 }
 
+// A request is not asked about only if the policies before the filter certainly do not select it.
+func TestRequestsThatMayBeSelectedAreAskedAbout(t *testing.T) {
+	r := newRouted(t, to("web"))
+	r.cluster("web", nil, 82)
+	r.handle(t, 82, func(http.ResponseWriter, *http.Request) {})
+	always := mesh.Condition{Kind: mesh.ConditionTrue}
+	shadow := func(rules mesh.Rules) mesh.HTTPFilter {
+		return mesh.HTTPFilter{Name: "envoy.filters.http.rbac", RBAC: &mesh.RBAC{ShadowPrefix: "istio_ext_authz_", Shadow: &rules}}
+	}
+	selects := mesh.Rules{Action: mesh.Deny, Policies: []mesh.AccessPolicy{{Name: "istio-ext-authz-p", Permission: always, Principal: always}}}
+	ask := func(filter string) mesh.HTTPFilter {
+		return mesh.HTTPFilter{Name: "ask", ExtAuthz: &mesh.ExtAuthz{
+			Enabled: mesh.Fraction{Numerator: 1, Denominator: 1}, StatusOnError: 503, GRPC: &mesh.GRPCService{Cluster: "none"},
+			When: &mesh.MetadataMatcher{
+				Filter: filter, Path: []string{"istio_ext_authz_shadow_effective_policy_id"},
+				Value: mesh.ValueMatcher{Kind: mesh.ValueText, Text: mesh.StringMatcher{Kind: mesh.MatchPrefix, Text: "istio-ext-authz"}},
+			},
+		}}
+	}
+	const own = "envoy.filters.http.rbac"
+	for name, c := range map[string]struct {
+		filters []mesh.HTTPFilter
+		want    int // 503: it was asked about, and there is no server
+	}{
+		"a policy selects it":              {[]mesh.HTTPFilter{shadow(selects), ask(own)}, 503},
+		"no policy selects it":             {[]mesh.HTTPFilter{shadow(mesh.Rules{Action: mesh.Deny}), ask(own)}, 200},
+		"there is no policy":               {[]mesh.HTTPFilter{ask(own)}, 200},
+		"a policy is not understood":       {[]mesh.HTTPFilter{shadow(mesh.Rules{Refused: true}), ask(own)}, 503},
+		"a filter that is not carried out": {[]mesh.HTTPFilter{shadow(mesh.Rules{Action: mesh.Deny}), ask("envoy.filters.http.lua")}, 503},
+	} {
+		r.enforce(c.filters...)
+		r.Follow(true)
+		conn := r.client(t)
+		if status, _ := conn.ask(t, "/"); status != c.want {
+			t.Errorf("%s: %d, want %d", name, status, c.want)
+		}
+		r.Await(t)
+		conn.Close()
+	}
+}
+
 // The record of a request that was sent again has the verdicts of policies that are not enforced.
 func TestARetriedRequestHasTheVerdictsOfItsPolicies(t *testing.T) {
 	route := to("web")
