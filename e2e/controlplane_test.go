@@ -221,7 +221,12 @@ func TestConnectionsAreRefusedByNameAfterTheWait(t *testing.T) {
 	t.Parallel()
 	s, _ := newMeshStage(t, "--configuration-wait", "200ms")
 	for _, w := range []way{s.inbound(), s.outbound()} {
-		if _, err := w.dial(t, w.listen(t).Addr().String()).Read(make([]byte, 1)); !isReset(err) {
+		conn, err := w.from.Dial("tcp", w.listen(t).Addr().String(), nettest.Patience)
+		if err == nil { // otherwise the reset has come before Dial returned
+			prepare(t, conn.(*net.TCPConn))
+			_, err = conn.Read(make([]byte, 1))
+		}
+		if !isReset(err) {
 			t.Errorf("%s: %v, want a reset", w.name, err)
 		}
 	}

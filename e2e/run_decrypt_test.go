@@ -36,7 +36,6 @@ type site struct {
 	*caller
 	home, roots string
 	pin         string // the hash of its key, as curl takes it
-	key         string // the file of its key
 }
 
 func newSite(t *testing.T, c *caller) *site {
@@ -58,14 +57,6 @@ func newSite(t *testing.T, c *caller) *site {
 	}
 	public, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.key = filepath.Join(s.home, "key.pem")
-	if err := os.WriteFile(s.key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	hash := sha256.Sum256(public)
@@ -271,55 +262,6 @@ s.recv(1000)`
 			if len(records) != 1 || records[0].Reason != "denied" || records[0].Path != "/fronted" || records[0].Authority != "cdn.example" || records[0].Status != 403 {
 				t.Errorf("%s: the records are %+v\n%s", protocol, records, complaints)
 			}
-		}
-	})
-}
-
-// A server that does not wait for a client's first request is connected to again: the client could not see it close.
-func TestRunConnectsAgainForSlowClientsInsideTLS(t *testing.T) {
-	eachCaller(t, func(t *testing.T, c *caller) {
-		s := newSite(t, c)
-		certificate, err := tls.LoadX509KeyPair(s.roots, s.key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		listener := c.peer.Listen(t, "tcp", goodAddress+":444")
-		server := &http.Server{ErrorLog: log.New(io.Discard, "", 0), TLSConfig: &tls.Config{Certificates: []tls.Certificate{certificate}}}
-		done, hasty := make(chan struct{}), make(chan struct{})
-		go func() {
-			defer close(done)
-			first, err := listener.Accept()
-			if err == nil {
-				tls.Server(first, &tls.Config{Certificates: []tls.Certificate{certificate}, NextProtos: []string{"h2"}}).Handshake()
-				first.Close()
-			}
-			close(hasty)
-			server.ServeTLS(listener, "", "")
-		}()
-		defer func() { listener.Close(); server.Close(); <-done }()
-		gate := filepath.Join(s.home, "gate")
-		go func() {
-			<-hasty
-			os.WriteFile(gate, nil, 0o644)
-		}()
-		// curl's request follows its handshake at once. So a client of its own waits for the end of the first connection.
-		const slow = `
-import os, socket, ssl, sys, time
-context = ssl.create_default_context()
-context.set_alpn_protocols(["h2"])
-s = context.wrap_socket(socket.create_connection(("good.example", 444)), server_hostname="good.example")
-while not os.path.exists(sys.argv[1]):
-    time.sleep(0.01)
-time.sleep(0.5)
-s.sendall(bytes.fromhex(sys.argv[2]))
-s.settimeout(60)
-while s.recv(1000).find(b"\x01\x04\x00\x00\x00\x01") < 0: # the head of the response
-    pass`
-		head := append([]byte{0x82, 0x87, 0x04, 5, '/', 'l', 'a', 't', 'e', 0x01, 12}, "good.example"...)
-		frames := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00" + string(rune(len(head))) + "\x01\x05\x00\x00\x00\x01" + string(head)
-		_, complaints, records := s.decrypted(t, true, "python3", "-c", slow, gate, hex.EncodeToString([]byte(frames)))
-		if len(records) != 1 || records[0].Path != "/late" || records[0].Status != 404 || records[0].Failed {
-			t.Errorf("the records are %+v\n%s", records, complaints)
 		}
 	})
 }

@@ -206,7 +206,7 @@ func (c contender) startupTime(t testing.TB, pod *nettest.Namespace) (time.Durat
 func awaitReady(t testing.TB, pod *nettest.Namespace, name string, process *nettest.Process) {
 	t.Helper()
 	pod.Do(t, func() error { // one Do for all attempts: entering the namespace costs more than a request
-		deadline := time.Now().Add(5 * time.Second)
+		deadline := time.Now().Add(nettest.Patience)
 		for {
 			err := askReady()
 			if err == nil {
@@ -218,7 +218,7 @@ func awaitReady(t testing.TB, pod *nettest.Namespace, name string, process *nett
 			case <-time.After(500 * time.Microsecond):
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("%s not ready after 5 s: %w", name, err)
+				return fmt.Errorf("%s not ready after %v: %w", name, nettest.Patience, err)
 			}
 		}
 	})
