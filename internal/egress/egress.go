@@ -45,7 +45,7 @@ type addresses struct {
 }
 
 const (
-	lookupTime = 2 * time.Second
+	lookupTime = 5 * time.Second // as resolvers of C libraries wait for an answer
 	// keepTime is how long an address of a name counts after it was last seen. Clients use addresses longer than the
 	// lifetime of an answer.
 	keepTime = 10 * time.Minute
@@ -70,7 +70,7 @@ func (p *Policy) Apply(rules Rules) { p.rules.Store(&rules) }
 func (p *Policy) Version() any { return p.rules.Load() }
 
 // Connection judges a connection to a destination by the name that its client claims; "" if it claims none. It returns ""
-// if the connection is allowed, and otherwise the reason. It may look a name up, for at most 2 s.
+// if the connection is allowed, and otherwise the reason. It may look a name up, for at most 5 s.
 func (p *Policy) Connection(to netip.AddrPort, name string) (denied string) {
 	return p.judge(p.rules.Load(), netip.AddrPortFrom(to.Addr().Unmap(), to.Port()), hostOf(name), false)
 }
