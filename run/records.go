@@ -27,7 +27,7 @@ type records struct {
 
 	decryption *decryption // nil: TLS passes
 
-	queue   chan event
+	queue   chan *event // of pointers: the collector would touch the memory of all places before the command starts
 	written sync.WaitGroup
 	ending  sync.Once
 	outputs []output
@@ -52,7 +52,7 @@ type output interface {
 }
 
 func openRecords(config Config) (*records, error) {
-	r := &records{config: config, queue: make(chan event, queueLength), seen: make(map[string]bool)}
+	r := &records{config: config, queue: make(chan *event, queueLength), seen: make(map[string]bool)}
 	if config.UI != "" {
 		r.view = live.New(live.Config{Version: config.Version})
 	}
@@ -130,7 +130,7 @@ func (r *records) sinks() []flow.Sink {
 
 // Closed implements flow.Sink. A record that finds the queue full is not written, but summed up.
 func (r *records) Closed(record *flow.Record) {
-	e := event{Record: live.Of(record)}
+	e := &event{Record: live.Of(record)}
 	if r.config.Archives() {
 		e.har = harOf(record, &e.Record, !r.config.Credentials)
 	}
@@ -149,10 +149,10 @@ func (r *records) note(protocol flow.Protocol, record live.Record) {
 	if r.view != nil {
 		r.view.Note(protocol, &record)
 	}
-	r.add(event{Record: record})
+	r.add(&event{Record: record})
 }
 
-func (r *records) add(record event) {
+func (r *records) add(record *event) {
 	r.sum.add(&record.Record)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -196,7 +196,7 @@ func (r *records) writeAll() {
 			if o == nil {
 				continue
 			}
-			if err := o.write(&record); err != nil {
+			if err := o.write(record); err != nil {
 				r.config.Logger.Warn("cannot write records", "error", err)
 				_ = o.close()
 				r.outputs[i] = nil
