@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"log/slog"
-	"net/netip"
 	"testing"
 	"time"
 
@@ -31,20 +30,8 @@ func (flooding) Refuse(conn *tcp.Conn) { conn.Reset() }
 
 // The descriptor of a connection that is closed and still sends is in use, so it counts.
 func TestAConnectionThatStillSendsCountsForTheLimit(t *testing.T) {
-	poller, err := tcp.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer poller.Close()
-	ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	handler, limit := flooding{make(chan struct{}, 1)}, NewLimit(1)
-	s := &Server{Name: "test", Listeners: []*tcp.Listener{ln}, Handler: handler, Limit: limit, Log: slog.New(slog.DiscardHandler)}
-	s.Start()
-	defer s.Abort()
-	defer s.Stop()
+	s := serving(t, 1, handler, limit, slog.DiscardHandler)
 	conn := dial(t, s, 0)
 	select {
 	case <-handler.closed:

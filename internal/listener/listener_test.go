@@ -72,27 +72,32 @@ func (l *logBuffer) String() string {
 
 func start(t *testing.T, limit *Limit) (*Server, *echo, *logBuffer) {
 	t.Helper()
+	handler, log := &echo{make(chan string, 10)}, &logBuffer{}
+	return serving(t, 2, handler, limit, slog.NewTextHandler(log, nil)), handler, log
+}
+
+// serving returns a server with a number of listeners that ends with the test.
+func serving(t *testing.T, listeners int, handler Handler, limit *Limit, log slog.Handler) *Server {
+	t.Helper()
 	poller, err := tcp.NewPoller()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { poller.Close() })
-	var listeners []*tcp.Listener
-	for range 2 {
+	s := &Server{Name: "test", Handler: handler, Limit: limit, Log: slog.New(log)}
+	for range listeners {
 		ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		listeners = append(listeners, ln)
+		s.Listeners = append(s.Listeners, ln)
 	}
-	handler, log := &echo{make(chan string, 10)}, &logBuffer{}
-	s := &Server{Name: "test", Listeners: listeners, Handler: handler, Limit: limit, Log: slog.New(slog.NewTextHandler(log, nil))}
 	s.Start()
 	t.Cleanup(func() {
 		s.Stop()
 		s.Abort()
 	})
-	return s, handler, log
+	return s
 }
 
 func dial(t *testing.T, s *Server, i int) net.Conn {
@@ -293,20 +298,8 @@ func (naming) Refuse(conn *tcp.Conn) { conn.Reset() }
 
 // The stack of a goroutine that has served a connection has grown already.
 func TestGoroutinesServeSeveralConnections(t *testing.T) {
-	poller, err := tcp.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer poller.Close()
-	ln, err := poller.Listen(netip.MustParseAddrPort("127.0.0.1:0"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	names := make(naming)
-	s := &Server{Name: "test", Listeners: []*tcp.Listener{ln}, Handler: names, Limit: NewLimit(0), Log: slog.New(slog.DiscardHandler)}
-	s.Start()
-	defer s.Abort()
-	defer s.Stop()
+	s := serving(t, 1, names, NewLimit(0), slog.DiscardHandler)
 	served := func() (net.Conn, string) {
 		conn := dial(t, s, 0)
 		select {
