@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -162,6 +163,7 @@ func (p *meshPod) awaitKept(t testing.TB) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return strings.HasSuffix(e.Name(), ".new") }) // being written
 		if len(entries) >= 2 {
 			return
 		}

@@ -206,7 +206,8 @@ func parseKeptResource(m wire.Message) (xds.Type, xds.Resource) {
 }
 
 // Run saves the resources of a store after they changed, until ctx ends. A push is saved once, and many pushes at most
-// once a minute. Restored resources are not saved before the control plane has answered: they keep their age.
+// once a minute. Restored resources are not saved before the control plane has answered: they keep their age. The first
+// push is saved when it is whole: a part of it would not start an agent.
 func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
 	timer := time.NewTimer(keptRenewal)
 	defer timer.Stop()
@@ -221,8 +222,12 @@ func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
 			}
 			continue
 		case <-timer.C:
+			if due && s.Snapshot() == nil {
+				timer.Reset(keptSettle)
+				continue
+			}
 		case <-ctx.Done():
-			if due {
+			if due && s.Snapshot() != nil {
 				k.save(s, log)
 			}
 			return

@@ -215,6 +215,8 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
 		s := quietStore(t)
+		takeAll(t, s, pushtest.Sidecar())
+		<-s.Changes()
 		k := &Kept{Path: filepath.Join(dir, "kept")}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -237,9 +239,42 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 			t.Errorf("written after %v, want %v", writes, want)
 		}
 		updates, _, err := k.Load()
-		if err != nil || len(updates) != 1 || !bytes.Equal(updates[0].Resources[0].Value, cluster("web", "web", "149").Value) {
+		last149 := func(r xds.Resource) bool { return bytes.Equal(r.Value, cluster("web", "web", "149").Value) }
+		if err != nil || !slices.ContainsFunc(updates, func(u xds.Update) bool { return slices.ContainsFunc(u.Resources, last149) }) {
 			t.Errorf("the last version was not written at the end: %v, error %v", updates, err)
 		}
+	})
+}
+
+func TestTheFirstPushIsSavedWhenItIsWhole(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s := quietStore(t)
+		k := &Kept{Path: filepath.Join(dir, "kept")}
+		run := func(ctx context.Context) chan struct{} {
+			done := make(chan struct{})
+			go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+			return done
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := run(ctx)
+		push := pushtest.Sidecar()
+		takeAll(t, s, push[:1])
+		time.Sleep(2 * keptInterval)
+		cancel()
+		<-done
+		if _, _, err := k.Load(); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a part was saved, error %v", err)
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		done = run(ctx)
+		takeAll(t, s, push[1:])
+		time.Sleep(2*keptSettle + time.Second)
+		if !k.Restore(quietStore(t), slog.New(slog.DiscardHandler)) {
+			t.Error("the whole push was not saved soon")
+		}
+		cancel()
+		<-done
 	})
 }
 
