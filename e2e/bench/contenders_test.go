@@ -22,7 +22,9 @@ import (
 // kit holds the programs and settings that all measurements share.
 type kit struct {
 	cores   cores
+	dir     string // of built programs
 	pillion string
+	control controlPrograms // zero: not built yet
 	// Contenders by kind of traffic. HAProxy has a configuration for each kind.
 	opaque    []contender
 	bulk      []contender // opaque connections with much data
@@ -83,6 +85,7 @@ func newKit(t testing.TB, haproxyNeeded bool) *kit {
 	if err != nil {
 		t.Fatal(err)
 	}
+	k.dir = dir
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	if err := os.Chmod(dir, 0o755); err != nil { // the proxies' user must be able to read the files
 		t.Fatal(err)

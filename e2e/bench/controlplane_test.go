@@ -20,11 +20,14 @@ import (
 // them by hand and by generated types.
 type controlPrograms struct{ istiod, decode string }
 
-func buildControlPrograms(t testing.TB) controlPrograms {
+// controlPrograms builds them at the first call.
+func (k *kit) controlPrograms(t testing.TB) controlPrograms {
 	t.Helper()
-	dir := t.TempDir()
+	if k.control != (controlPrograms{}) {
+		return k.control
+	}
 	built := func(name string) string {
-		path := filepath.Join(dir, name)
+		path := filepath.Join(k.dir, name)
 		cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", path, "./"+name)
 		cmd.Dir = "../testdata/controlplane"
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -33,7 +36,8 @@ func buildControlPrograms(t testing.TB) controlPrograms {
 		}
 		return path
 	}
-	return controlPrograms{built("istiod"), built("decode")}
+	k.control = controlPrograms{built("istiod"), built("decode")}
+	return k.control
 }
 
 // decoded runs decode and returns its figures by name.
@@ -176,7 +180,7 @@ func (p *meshPod) awaitKept(t testing.TB) {
 // measureControlPlane measures what a control plane costs: the agent's memory with pushes of istiod, beside a program that
 // decodes them by go-control-plane's generated types; the CPU time of decoding; and a restart with what was kept.
 func measureControlPlane(t testing.TB, k *kit, s sizes) []*row {
-	programs := buildControlPrograms(t)
+	programs := k.controlPrograms(t)
 	start := &row{title: "resident memory with a control plane, at start", unit: "MB", promises: []promise{{atMost: 14}}}
 	sidecar := &row{title: "resident memory after a sidecar's push", unit: "MB", promises: []promise{{atMost: 15}}}
 	thousand := &row{title: "resident memory after 1,000 services", unit: "MB", promises: []promise{{atMost: 20}}}

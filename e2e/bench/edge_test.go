@@ -30,7 +30,7 @@ const edgePort = 8443
 // newEdge returns them, and the directory with the root of their certificate.
 func newEdge(t testing.TB, k *kit, secured bool) (contenders []contender, certificates string) {
 	t.Helper()
-	p := newMeshPod(t, k, buildControlPrograms(t))
+	p := newMeshPod(t, k, k.controlPrograms(t))
 	dir := filepath.Dir(k.pillion) // the proxies' user can read it
 	for _, file := range []string{"root-cert.pem", "workload.pem"} {
 		content, err := os.ReadFile(filepath.Join(p.directory, file))

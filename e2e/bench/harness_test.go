@@ -17,11 +17,13 @@ func TestHarnessMeasuresEveryFigure(t *testing.T) {
 		if !chosen(f.name) {
 			continue
 		}
-		for _, r := range f.measure(t, k, small) {
-			if len(r.samples[namePillion]) == 0 {
-				t.Errorf("%s (%s): no sample for pillion", f.name, r.title)
+		t.Run(f.name, func(t *testing.T) {
+			for _, r := range f.measure(t, k, small) {
+				if len(r.samples[namePillion]) == 0 {
+					t.Errorf("%s: no sample for pillion", r.title)
+				}
 			}
-		}
+		})
 	}
 }
 

@@ -17,7 +17,7 @@ const policies = 20
 // measurePolicies compares the agent with policies for requests inside mutual TLS with one without policies.
 func measurePolicies(t testing.TB, k *kit, s sizes) []*row {
 	r := &row{title: fmt.Sprintf("CPU per HTTP/1.1 request inside inbound TLS, %d policies of 10 rules", policies), unit: "µs", promises: []promise{{1.05, namePermissive}}}
-	p := newMeshPod(t, k, buildControlPrograms(t))
+	p := newMeshPod(t, k, k.controlPrograms(t))
 	turns := turns{"policies", []contender{p.judged(namePillion, policies), p.judged(namePermissive, 0)}, s.connectionRounds}
 	turns.take(t, k, []*row{r}, func(t testing.TB, c contender, w *world, a *proxy) {
 		w.certificates = p.directory

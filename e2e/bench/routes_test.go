@@ -42,7 +42,7 @@ func (r *routed) all() []contender {
 // newRouted makes them, with endpoints at these ports of the workload. secured endpoints require mutual TLS.
 func newRouted(t testing.TB, k *kit, ports []int, secured bool) *routed {
 	t.Helper()
-	p := newMeshPod(t, k, buildControlPrograms(t))
+	p := newMeshPod(t, k, k.controlPrograms(t))
 	r := &routed{pillion: p.routing(t, ports, secured), unrouted: k.opaque[0]}
 	r.unrouted.name, r.unrouted.to = nameUnrouted, netip.AddrPortFrom(nettest.Elsewhere4, uint16(ports[0]))
 	if len(k.opaque) == 2 {

@@ -29,7 +29,7 @@ type secured struct {
 
 func newSecured(t testing.TB, k *kit) *secured {
 	t.Helper()
-	programs := buildControlPrograms(t)
+	programs := k.controlPrograms(t)
 	p := newMeshPod(t, k, programs)
 	pillion := contender{
 		name: namePillion, root: true,
