@@ -320,7 +320,7 @@ func TestTheDrainGateClosesFirst(t *testing.T) {
 func TestRefusalsAreLoggedOnceASecondForEachReason(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
-		log := &flowLog{log: slog.New(slog.NewTextHandler(&out, nil))}
+		log := &flowLog{log: slog.New(slog.NewTextHandler(&out, nil)), level: slog.LevelInfo}
 		refuse := func(reason flow.Reason) {
 			flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.1:4711")).Close(log, reason, nil)
 		}

@@ -20,8 +20,9 @@ const refusalPeriod = time.Second
 // flowLog logs connections and requests that have ended: each one at debug level, and refused connections as warnings. It is
 // a flow.Sink.
 type flowLog struct {
-	log  *slog.Logger
-	loop sync.Once // for logging the first connection that the rules sent back to the agent
+	log   *slog.Logger
+	level slog.Leveler // of log, at most; asking the log itself takes several calls for each request
+	loop  sync.Once    // for logging the first connection that the rules sent back to the agent
 
 	mu       sync.Mutex
 	refusals map[flow.Reason]*refusals
@@ -46,7 +47,7 @@ func (l *flowLog) Closed(r *flow.Record) {
 		}
 		return
 	}
-	if l.log.Enabled(context.Background(), slog.LevelDebug) {
+	if l.level.Level() <= slog.LevelDebug {
 		what := "connection closed"
 		if r.IsRequest() {
 			what = "request"

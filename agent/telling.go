@@ -78,7 +78,7 @@ type telling struct {
 // tell makes the sinks and opens the access log.
 func (a *Agent) tell() error {
 	t := &a.telling
-	sinks := []flow.Sink{&flowLog{log: a.log}}
+	sinks := []flow.Sink{&flowLog{log: a.log, level: a.config.LogLevel}}
 	plane := a.config.ControlPlane.Pod != nil
 	t.noted = flow.NewNoted(flow.Fields{})
 	switch c := a.config.AccessLog; {

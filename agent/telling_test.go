@@ -224,7 +224,7 @@ func TestOpenConnectionsGetALineInEachInterval(t *testing.T) {
 func TestDebugLinesOfRequestsAndQueries(t *testing.T) {
 	config, log := testConfig()
 	a := &Agent{config: config, log: config.Log}
-	sink := &flowLog{log: config.Log}
+	sink := &flowLog{log: config.Log, level: slog.LevelDebug}
 	c := flow.Open(flow.Inbound, netip.MustParseAddrPort("198.51.100.2:4711"))
 	r := new(flow.Record)
 	request(r, c)

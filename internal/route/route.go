@@ -28,6 +28,15 @@ type Request struct {
 	GRPC                            bool           // by its content-type
 	Metadata                        Metadata       // nil: filters left no values
 	Random                          func() uint64  // draws weights and fractions; nil: math/rand/v2
+
+	last lastHost // of a Table
+}
+
+// lastHost is the virtual host of an exact domain. The requests of a connection are mostly for one host.
+type lastHost struct {
+	table  *Table
+	domain string
+	host   *host
 }
 
 // Metadata has values that filters left about a request, such as the claims of its token.

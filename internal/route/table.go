@@ -78,13 +78,25 @@ func (t *Table) Find(r *Request) Choice {
 // host returns the compiled virtual host of a request, or nil.
 func (t *Table) host(r *Request) *host {
 	i := t.domains.any
+	var name []byte
 	if len(r.Authority) > 0 {
-		i = t.domains.find(t.domain(r.Authority))
+		name = t.domain(r.Authority)
+		if l := &r.last; l.table == t && l.domain == string(name) {
+			return l.host
+		}
+		i = t.domains.find(name)
 	}
 	if i < 0 {
 		return nil
 	}
-	return t.compiled(i)
+	h := t.compiled(i)
+	for _, domain := range h.source.Domains {
+		if domain.Kind == mesh.DomainExact && domain.Text == string(name) {
+			r.last = lastHost{t, domain.Text, h}
+			break
+		}
+	}
+	return h
 }
 
 func (t *Table) compiled(i int) *host {

@@ -48,6 +48,39 @@ func result(c Choice) string {
 	return c.Cluster.Name
 }
 
+// The requests of a connection are described in one Request, which remembers the host of the one before.
+func TestARequestThatIsUsedAgainFindsItsOwnHost(t *testing.T) {
+	one, two := Of(hosts("a.example", "b.example", "*.example")), Of(hosts("*.example", "a.example"))
+	ported := hosts("a.example", "*")
+	ported.IgnorePort = true
+	r := &Request{Path: []byte("/")}
+	for _, test := range []struct {
+		table      *Table
+		host, want string
+	}{
+		{one, "a.example", "a.example"},
+		{one, "a.example", "a.example"},
+		{one, "A.example", "a.example"},
+		{one, "b.example", "b.example"},
+		{one, "a.example", "a.example"},
+		{one, "ba.example", "*.example"},
+		{one, "a.exampl", "no route"},
+		{one, "", "no route"},
+		{two, "b.example", "*.example"},
+		{one, "b.example", "b.example"},
+		{two, "b.example", "*.example"},
+		{Of(ported), "b.example:80", "*"},
+		{Of(ported), "a.example:80", "a.example"},
+		{Of(ported), "a.example:81", "a.example"},
+		{Of(ported), "", "*"},
+	} {
+		r.Authority = []byte(test.host)
+		if got := result(test.table.Find(r)); got != test.want {
+			t.Errorf("%s: %s, want %s", test.host, got, test.want)
+		}
+	}
+}
+
 func TestAVirtualHostIsFoundByItsMostSpecificDomain(t *testing.T) {
 	table := hosts("a.example", "*.example", "*b.example", "*.c.example", "a.*", "a.b.*", "[2001:db8::1]", "x:81", "*")
 	ported := hosts("a.example", "[2001:db8::1]", "x:81", "*")

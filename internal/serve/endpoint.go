@@ -43,13 +43,17 @@ var (
 	refusedTransport = &failure{flow.MeshRefused, errors.New("the cluster's transport to the endpoint is not supported"), route.Refused}
 )
 
-// endpoint chooses an endpoint of a cluster and sets it in the target. authority is that of a request of HTTP; nil: it is not
-// known, and an endpoint whose TLS needs it is not reached. The caller ends the lease.
-func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance.Request, inside secure.Inside, authority []byte, to *upstream.Target) (balance.Lease, *failure) {
+// endpoint chooses an endpoint of a cluster and sets it in the target. state is the balancer's; nil: it is not known yet.
+// authority is that of a request of HTTP; nil: it is not known, and an endpoint whose TLS needs it is not reached. The caller
+// ends the lease.
+func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, state *balance.Cluster, request *balance.Request, inside secure.Inside, authority []byte, to *upstream.Target) (balance.Lease, *failure) {
 	if config.Refused {
 		return nil, refusedCluster
 	}
-	choice, failed := r.pick(r.balancer.Cluster(s, config), request)
+	if state == nil {
+		state = r.balancer.Cluster(s, config)
+	}
+	choice, failed := r.pick(state, request)
 	switch failed {
 	case balance.None:
 	case balance.Overflow:
@@ -73,15 +77,15 @@ func (r *Role) endpoint(s *mesh.Snapshot, config *mesh.Cluster, request *balance
 		if tls != nil && secure.NeedsHost(tls, inside) {
 			host = secure.HostOf(authority)
 		}
-		*to = upstream.Target{Address: choice.Address, Group: choice.Group, Security: r.security(tls, inside, s, r.options(config), host)}
+		*to = upstream.Target{Address: choice.Address, Group: choice.Group, Security: r.security(tls, inside, s, r.plain(config), host)}
 	}
 	return choice.Lease, nil
 }
 
-// options returns how connections to the hosts of a cluster are made and kept. Equal options are the same value, so that
-// connections are kept when a push changes other parts of a cluster.
-func (r *Role) options(c *mesh.Cluster) *upstream.Options {
-	if known, ok := c.Compiled.Load().(*upstream.Options); ok {
+// plain returns how connections to the hosts of a cluster are made and kept, without TLS. Equal options are the same value, so
+// that connections are kept when a push changes other parts of a cluster.
+func (r *Role) plain(c *mesh.Cluster) *upstream.Security {
+	if known, ok := c.Compiled.Load().(*upstream.Security); ok {
 		return known
 	}
 	o := upstream.Options{ConnectTimeout: c.ConnectTimeout, IdleLife: c.HTTP.IdleTimeout, Life: c.HTTP.MaxLifetime, Requests: c.HTTP.MaxRequests, Streams: c.HTTP.MaxStreams}
@@ -90,13 +94,13 @@ func (r *Role) options(c *mesh.Cluster) *upstream.Options {
 	}
 	r.securing.Lock()
 	defer r.securing.Unlock()
-	if len(r.allOptions) >= maxSecurities {
-		clear(r.allOptions)
+	if len(r.plains) >= maxSecurities {
+		clear(r.plains)
 	}
-	known := r.allOptions[o]
+	known := r.plains[o]
 	if known == nil {
-		known = &o
-		r.allOptions[o] = known
+		known = &upstream.Security{Options: o}
+		r.plains[o] = known
 	}
 	c.Compiled.Store(known)
 	return known
@@ -157,7 +161,7 @@ func (c *Conn) chooseCluster(g *governed, to *upstream.Target) *failure {
 	if in == secure.TCP && c.role.peers != nil && config.HasMetadataPeer {
 		in = secure.MetadataTCP
 	}
-	lease, failed := c.role.endpoint(g.snapshot, config, &request, in, nil, to)
+	lease, failed := c.role.endpoint(g.snapshot, config, nil, &request, in, nil, to)
 	if g.lease = lease; lease != nil {
 		g.chosen = config
 	}

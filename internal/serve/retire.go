@@ -73,7 +73,7 @@ func (h *watched) stands(s *mesh.Snapshot) bool {
 	case !h.target.Secured():
 		return false
 	}
-	return h.role.security(t.TLS, h.inside, s, h.role.options(config), "") == h.target.Security
+	return h.role.security(t.TLS, h.inside, s, h.role.plain(config), "") == h.target.Security
 }
 
 // endpoint returns the endpoint in a configuration; nil: it has left the cluster. Hosts by name come and go without a push.

@@ -31,14 +31,14 @@ func TestRootsInAFileSeparateConnections(t *testing.T) {
 		edit.SetCluster("far", &mesh.Cluster{Name: "far", Discovery: mesh.ByEDS, Assignment: "far", Transports: []mesh.Transport{{TLS: tls}}})
 		edit.SetAssignment("far", &mesh.Assignment{Name: "far", Localities: []mesh.Locality{{Endpoints: []mesh.Endpoint{{Address: address, Weight: 1}}}}})
 		snapshot, _ := edit.Snapshot()
-		r := &Role{mesh: &inForce{snapshot}, allOptions: map[upstream.Options]*upstream.Options{}}
+		r := &Role{mesh: &inForce{snapshot}, plains: map[upstream.Options]*upstream.Security{}}
 		r.contexts = secure.NewContexts(r.mesh, nil)
 		r.securities.Store(&map[secured]*upstream.Security{})
-		options := &upstream.Options{}
-		secures := func() *upstream.Security { return r.security(tls, secure.HTTP1, snapshot, options, "") }
+		plain := new(upstream.Security)
+		secures := func() *upstream.Security { return r.security(tls, secure.HTTP1, snapshot, plain, "") }
 
 		first := secures()
-		pinned := r.watch(snapshot, snapshot.Cluster("far"), &upstream.Target{Address: address, Security: r.security(tls, secure.HTTP2, snapshot, r.options(snapshot.Cluster("far")), "")}, secure.HTTP2)
+		pinned := r.watch(snapshot, snapshot.Cluster("far"), &upstream.Target{Address: address, Security: r.security(tls, secure.HTTP2, snapshot, r.plain(snapshot.Cluster("far")), "")}, secure.HTTP2)
 		time.Sleep(time.Minute)
 		if secures() != first || pinned.gone() {
 			t.Error("an unchanged file separates connections")

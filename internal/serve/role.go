@@ -134,9 +134,9 @@ type Role struct {
 
 	balancer   *balance.Balancer // nil without mesh; inbound, of the servers that are asked about connections and requests
 	securities atomic.Pointer[map[secured]*upstream.Security]
-	allOptions map[upstream.Options]*upstream.Options
+	plains     map[upstream.Options]*upstream.Security
 	trusted    atomic.Pointer[trusted]
-	securing   sync.Mutex // held to replace securities, and for allOptions
+	securing   sync.Mutex // held to replace securities, and for plains
 	faults     fault.Set
 
 	callouts *callout.Client // nil without mesh
@@ -182,7 +182,7 @@ func NewRole(config Config) (*Role, error) {
 	if r.mesh != nil {
 		r.contexts = secure.NewContexts(r.mesh, config.Log)
 		r.securities.Store(&map[secured]*upstream.Security{})
-		r.allOptions = map[upstream.Options]*upstream.Options{}
+		r.plains = map[upstream.Options]*upstream.Security{}
 	}
 	if r.mesh != nil {
 		r.balancer = balance.New(balance.Config{Snapshot: r.mesh.Snapshot, Lookup: config.Lookup, Retire: config.HTTP.Pool.Retire})

@@ -46,9 +46,30 @@ type routing struct {
 
 	refused *route.Reply // not nil: the reply to all requests
 
+	last lookup // the requests of a connection mostly have one cluster
+
 	request route.Request   // reused, so that it is not allocated
 	asks    bool            // the request has fields of route.Consumed
 	pick    balance.Request // as well
+}
+
+// lookup is a cluster of a snapshot by its name.
+type lookup struct {
+	snapshot *mesh.Snapshot
+	name     string
+	config   *mesh.Cluster    // nil: there is none
+	state    *balance.Cluster // nil: there is none, or it is refused
+}
+
+// cluster looks a cluster up, unless the request before had the same one.
+func (r *routing) cluster(s *mesh.Snapshot, name string) *mesh.Cluster {
+	if l := &r.last; l.snapshot != s || l.name != name {
+		*l = lookup{snapshot: s, name: name, config: s.Cluster(name)}
+		if l.config != nil && !l.config.Refused {
+			l.state = r.role.balancer.Cluster(s, l.config)
+		}
+	}
+	return r.last.config
 }
 
 func (c *Conn) newRouting(g *governed) *routing {
@@ -83,7 +104,7 @@ func (r *routing) judge(s *mesh.Snapshot) {
 // follow finds the routes of the filter chain that the connection meets in a snapshot. chain may be nil.
 func (r *routing) follow(s *mesh.Snapshot, chain *mesh.FilterChain) {
 	r.judged, r.manager, r.table, r.refused, r.described, r.traced, r.gate, r.recorded = s, nil, nil, nil, nil, nil, nil, nil
-	r.recorded = r.role.recorded(s, chain)
+	r.recorded, r.last = r.role.recorded(s, chain), lookup{}
 	switch {
 	case r.role.gateway && chain != nil && chain.HTTP == nil:
 		r.refused = refusedChain
@@ -155,7 +176,7 @@ func (r *routing) forward(s *mesh.Snapshot, choice *route.Choice) httpforward.De
 	if choice.Cluster == nil {
 		return httpforward.Decision{Reply: choice.Reply, Route: name(choice), Tracing: r.traced, Telemetry: r.recorded}
 	}
-	config := s.Cluster(choice.Cluster.Name)
+	config := r.cluster(s, choice.Cluster.Name)
 	outcome := choice.Outcome(&r.request, config != nil && hashes(config))
 	d := httpforward.Decision{Cluster: choice.Cluster.Name, Route: name(choice), Reply: outcome.Reply, Plan: outcome.Plan, Delay: outcome.Delay, ResponseRate: outcome.ResponseRate, Tracing: r.traced, Telemetry: r.recorded}
 	if r.asks {
@@ -201,7 +222,7 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 		Cluster: before.Cluster, Route: before.Route, Plan: before.Plan, Telemetry: before.Telemetry, DryRun: before.DryRun,
 		Hash: before.Hash, Hashed: before.Hashed, Tried: append(slices.Clip(before.Tried), before.Target.Address),
 	}
-	config := s.Cluster(d.Cluster)
+	config := r.cluster(s, d.Cluster)
 	if config == nil {
 		d.Reply = noHealthyHost.reply
 		return d
@@ -227,7 +248,7 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	if r.pick.Kind = balance.HTTP1; in == secure.HTTP2 {
 		r.pick.Kind = balance.HTTP2
 	}
-	lease, failed := r.role.endpoint(s, config, &r.pick, in, r.request.Authority, &d.Target)
+	lease, failed := r.role.endpoint(s, config, r.last.state, &r.pick, in, r.request.Authority, &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -297,7 +318,7 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		in := r.upstreamProtocol(config)
 		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, &request, in, r.request.Authority, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, nil, &request, in, r.request.Authority, &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)

@@ -47,7 +47,7 @@ func newTestRouting(t testing.TB) *routing {
 	})
 	snapshot, _ := edit.Snapshot()
 	p.current.Store(snapshot)
-	role := &Role{direction: flow.Outbound, mesh: p, balancer: balance.New(balance.Config{Snapshot: p.Snapshot}), allOptions: map[upstream.Options]*upstream.Options{}}
+	role := &Role{direction: flow.Outbound, mesh: p, balancer: balance.New(balance.Config{Snapshot: p.Snapshot}), plains: map[upstream.Options]*upstream.Security{}}
 	role.securities.Store(&map[secured]*upstream.Security{})
 	t.Cleanup(role.Close)
 	c := &Conn{role: role, Record: &flow.Record{OriginalDestination: netip.MustParseAddrPort("198.51.100.1:80")}}

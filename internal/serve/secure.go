@@ -120,23 +120,23 @@ func inside(protocol sniff.Protocol) secure.Inside {
 
 // secured identifies upstream connections that are secured in the same way.
 type secured struct {
-	by      *mesh.UpstreamTLS // nil: they are plain
-	inside  secure.Inside
-	roots   any // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
-	options *upstream.Options
-	host    string // of requests, if it decides which server is expected
+	by     *mesh.UpstreamTLS
+	inside secure.Inside
+	roots  any                // *identity.Roots or *mesh.Secret: connections that were verified by others are not used for new requests
+	plain  *upstream.Security // with their options
+	host   string             // of requests, if it decides which server is expected
 }
 
 // maxSecurities bounds the values that are kept for a role. Without them, connections are not reused.
 const maxSecurities = 1024
 
 // security returns what secures and limits connections. The same value is returned for connections that are
-// interchangeable.
-func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, o *upstream.Options, host string) *upstream.Security {
-	key := secured{by: t, options: o, host: host}
-	if t != nil {
-		key.inside, key.roots = inside, r.verifiedBy(t, s)
+// interchangeable. plain is that of the same ones without TLS.
+func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snapshot, plain *upstream.Security, host string) *upstream.Security {
+	if t == nil {
+		return plain
 	}
+	key := secured{by: t, inside: inside, roots: r.verifiedBy(t, s), plain: plain, host: host}
 	if known := (*r.securities.Load())[key]; known != nil {
 		return known
 	}
@@ -150,10 +150,7 @@ func (r *Role) security(t *mesh.UpstreamTLS, inside secure.Inside, s *mesh.Snaps
 	if len(before) < maxSecurities {
 		maps.Copy(next, before)
 	}
-	made := &upstream.Security{Options: *o}
-	if t != nil {
-		made.Handshake = r.handshake(t, inside, host)
-	}
+	made := &upstream.Security{Options: plain.Options, Handshake: r.handshake(t, inside, host)}
 	next[key] = made
 	r.securities.Store(&next)
 	return made
