@@ -175,6 +175,41 @@ func TestAGatewayOpensNoTunnel(t *testing.T) {
 	}
 }
 
+// A protocol that is not configured could carry requests that no route has. An upgrade to h2c is not forwarded at all.
+func TestAGatewayForwardsConfiguredUpgradesOnly(t *testing.T) {
+	r := newRig(t)
+	r.cluster("web", 82)
+	r.route(host("web", "web"))
+	r.handle(t, 82, func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Header["Connection"], r.Header["Upgrade"])
+	})
+	chain := edge(0)
+	chain.HTTP.Upgrades = []mesh.Upgrade{{Protocol: "websocket"}, {Protocol: "off", Disabled: true}}
+	r.listen(chain)
+	for fields, want := range map[string]string{
+		"Connection: Upgrade\r\nUpgrade: WebSocket\r\n":                   "200 [Upgrade] [WebSocket]",
+		"Connection: keep-alive, upgrade\r\nUpgrade: tls/1.3\r\n":         "403 ",
+		"Connection: Upgrade\r\nUpgrade: off\r\n":                         "403 ",
+		"Connection: Upgrade\r\nUpgrade: websocket\r\nupgrade: other\r\n": "403 ",
+		"Connection: Upgrade\r\nUpgrade: \r\nUpgrade: other\r\n":          "403 ",
+		"Connection: Upgrade\r\nUpgrade: \r\n":                            "200 [] []",
+		"Connection: Upgrade\r\nUpgrade: websocket, other\r\n":            "403 ",
+		"Upgrade: other\r\n": "200 [] []",
+		"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n": "200 [] []",
+		"Connection: Upgrade\r\nUpgrade: websocket, H2C\r\n":                                  "200 [] []",
+	} {
+		conn := r.client(t)
+		status, body := conn.ask(t, "/", fields)
+		if got := fmt.Sprint(status, " ", body); got != want {
+			t.Errorf("%q: %s, want %s", fields, got, want)
+		}
+		conn.Close()
+		if record := r.Await(t); status == 403 && record.Details != "upgrade_failed" {
+			t.Errorf("%q: %s", fields, record.Details)
+		}
+	}
+}
+
 // A server sees the host by which a request was routed, whatever Host stands beside a target in absolute form.
 func TestAServerSeesTheHostThatWasRouted(t *testing.T) {
 	r := newRig(t)

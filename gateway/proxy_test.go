@@ -381,7 +381,9 @@ func TestUpgradesPass(t *testing.T) {
 	conns := r.Listen(t, "9001")
 	r.cluster("one", 9001)
 	r.route(host("a", "one"))
-	r.listen(manager())
+	chain := manager()
+	chain.HTTP.Upgrades = []mesh.Upgrade{{Protocol: "websocket"}}
+	r.listen(chain)
 	c := r.client(t)
 	servetest.Send(t, c, "GET /chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 	server := servetest.Take(t, conns)

@@ -59,7 +59,10 @@ func (m *meshRig) enforceBehind(t *testing.T, mode string, tokens *mesh.JWT, pol
 		changed := *c
 		changed.Policies = nil
 		if c.HTTP != nil {
-			changed.HTTP = &mesh.HTTPManager{Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true, EscapedSlashes: m.slashes}
+			changed.HTTP = &mesh.HTTPManager{
+				Routes: &mesh.Routes{}, NormalizePath: true, MergeSlashes: true, EscapedSlashes: m.slashes,
+				Upgrades: []mesh.Upgrade{{Protocol: "websocket"}},
+			}
 		}
 		if tokens != nil && c.HTTP != nil {
 			changed.HTTP.Filters = []mesh.HTTPFilter{{Name: "jwt", JWT: tokens}}
@@ -586,6 +589,30 @@ func TestNoRequestPassesInsideATunnel(t *testing.T) {
 			t.Errorf("inside the tunnel: %+v, %v", inside, err)
 		}
 		c.Close()
+		m.Await(t)
+	}
+}
+
+// A protocol that is not configured may carry requests as well, such as TLS does. Where no policy judges requests, each passes.
+func TestPoliciesPermitConfiguredUpgradesOnly(t *testing.T) {
+	m := newMeshRig(t, "STRICT, HTTP")
+	for _, c := range []struct {
+		policies []*mesh.RBAC
+		protocol string
+		status   int
+	}{
+		{nil, "tls/1.3", 200},
+		{[]*mesh.RBAC{rbac(mesh.Deny, ofAdmin, anything)}, "tls/1.3", 403},
+		{[]*mesh.RBAC{rbac(mesh.Deny, ofAdmin, anything)}, "websocket", 200},
+	} {
+		m.enforce(t, "STRICT, HTTP", c.policies...)
+		conn := m.connect(t, 81)
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: "+c.protocol+"\r\n\r\n")
+		response, err := http.ReadResponse(conn.in, nil)
+		if err != nil || response.StatusCode != c.status {
+			t.Errorf("%d policies, %s: %+v, %v", len(c.policies), c.protocol, response, err)
+		}
+		conn.Close()
 		m.Await(t)
 	}
 }

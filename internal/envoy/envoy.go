@@ -62,6 +62,7 @@ const (
 	DetailsHTTP2InvalidField  = "http2.invalid.header.field"
 	DetailsHTTP2TooManyFields = "http2.too_many_headers"
 	DetailsRouteNotFound      = "route_not_found"
+	DetailsUpgradeFailed      = "upgrade_failed"
 	DetailsHTTP2Violation     = "http2.violation.of.messaging.rule"
 )
 

@@ -45,7 +45,7 @@ func (x *exchange) dropFromRequest(b []byte) {
 	x.options = h.DropHopByHop(b)
 	x.s.bound = x.s.bound || boundToConnection(h, b, http1.Authorization) || boundToConnection(h, b, http1.ProxyAuthorization)
 	// An upgrade to h2c is not forwarded: the request is served as HTTP/1.1 (RFC 9113 §3.1 deprecates the upgrade).
-	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !upgradesTo(h, b, "h2c"); x.upgrade {
+	if x.upgrade = x.options.Upgrade && h.Minor > 0 && !lists(h, b, http1.Upgrade, "h2c"); x.upgrade {
 		keep(h, http1.Upgrade)
 	}
 	x.s.Peers.dropRequest(h)
@@ -199,10 +199,28 @@ func namesScheme(value []byte) bool {
 	return false
 }
 
-// upgradesTo reports whether an Upgrade field, dropped or not, names the protocol.
-func upgradesTo(h *http1.Head, b []byte, protocol string) bool {
+// upgradeOf returns the protocol that a request asks for, or nil if it is forwarded without that. In place of several fields it
+// returns what is no protocol.
+func upgradeOf(h *http1.Head, b []byte) (protocol []byte) {
+	if !h.Has(http1.Upgrade) || h.Minor == 0 || !lists(h, b, http1.Connection, "upgrade") || lists(h, b, http1.Upgrade, "h2c") {
+		return nil
+	}
 	for i := range h.Fields {
-		if h.Fields[i].Known == http1.Upgrade && http1.Lists(h.Fields[i].Value.In(b), protocol) {
+		switch f := &h.Fields[i]; {
+		case f.Known != http1.Upgrade:
+		case protocol != nil:
+			return []byte{','}
+		default:
+			protocol = f.Value.In(b)
+		}
+	}
+	return protocol
+}
+
+// lists reports whether a field of kind k, dropped or not, lists the word.
+func lists(h *http1.Head, b []byte, k http1.Known, word string) bool {
+	for i := range h.Fields {
+		if h.Fields[i].Known == k && http1.Lists(h.Fields[i].Value.In(b), word) {
 			return true
 		}
 	}

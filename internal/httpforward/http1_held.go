@@ -128,6 +128,7 @@ func (x *exchange) view(b []byte) *Request {
 	r.Authority = h.Authority(b)
 	x.fields = headFields{h, b}
 	r.Fields = &x.fields
+	r.Upgrade = upgradeOf(h, b)
 	if r.Path[0] != '/' {
 		x.absolute = r.absolute()
 	}

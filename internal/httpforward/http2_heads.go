@@ -42,6 +42,7 @@ func (m *heads) view(s *stream, request *http2.Request, fields []http2.Field) *R
 	if request.Scheme != "" {
 		r.Scheme = readOnly(request.Scheme)
 	}
+	r.Upgrade = readOnly(request.Protocol)
 	m.fields = ofBlock(fields)
 	r.Fields = &m.fields
 	return r

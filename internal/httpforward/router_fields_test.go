@@ -6,6 +6,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
+	"github.com/pillion-proxy/pillion/internal/http2"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
@@ -75,5 +77,16 @@ func TestARouterSeesTheFieldsOfAnHTTP2Request(t *testing.T) {
 	response.Body.Close()
 	if got, want := s.last(), "GET http h /a?b|x-one=1|x-one=2"; got != want {
 		t.Errorf("the request is seen as %q, want %q", got, want)
+	}
+}
+
+// Over HTTP/2 a request asks for another protocol by extended CONNECT (RFC 8441).
+func TestARouterSeesTheProtocolThatAnHTTP2RequestAsksFor(t *testing.T) {
+	for _, protocol := range []string{"", "connect-udp"} {
+		s := &stream{}
+		s.record.Connection, s.record.HTTP = &flow.Record{}, new(flow.Request)
+		if got := string(new(heads).view(s, &http2.Request{Method: "CONNECT", Path: "/", Protocol: protocol}, nil).Upgrade); got != protocol {
+			t.Errorf("%q is seen as %q", protocol, got)
+		}
 	}
 }

@@ -15,6 +15,9 @@ var (
 	// Misdirected is the reply to a request for a host of another server than the one that its connection is for.
 	Misdirected = &Reply{Status: http.StatusMisdirectedRequest, Body: "misdirected request", Details: envoy.DetailsMisdirected, Reason: flow.Completed}
 
+	// NoUpgrade is the reply to a request for an upgrade that is not configured.
+	NoUpgrade = &Reply{Status: http.StatusForbidden, Details: envoy.DetailsUpgradeFailed, Reason: flow.Completed}
+
 	// Refused is the reply to a request whose routes, virtual host or route is not understood.
 	Refused = &Reply{Status: http.StatusServiceUnavailable, Flags: envoy.FlagNoRouteFound, Reason: flow.MeshRefused}
 

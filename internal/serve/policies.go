@@ -220,8 +220,13 @@ func (g *gate) pass(s *mesh.Snapshot, h *mesh.HTTPManager, r *httpforward.Reques
 		}
 		judged = judged || now
 	}
-	if judged && isTunnel(r) { // requests inside of it would not be judged; Envoy answers 403 as well
+	switch gateway := g.role != nil && g.role.gateway; {
+	case judged && isTunnel(r): // requests inside of it would not be judged; Envoy answers 403 as well
 		return changed, denial(""), nil
+	case gateway && isTunnel(r):
+		return changed, route.NoRoute, nil // requests inside of it would not be routed
+	case (judged || gateway) && len(r.Upgrade) > 0 && !mayUpgrade(h, r.Upgrade):
+		return changed, route.NoUpgrade, nil // for both reasons: the protocol may carry requests
 	}
 	return changed || g.queried, nil, nil
 }
@@ -260,6 +265,11 @@ func (g *gate) Match(m *mesh.MetadataMatcher) match.Value {
 // HTTP/1 it is malformed, and servers that serve it like another request let a client send further ones through the tunnel.
 func isTunnel(r *httpforward.Request) bool {
 	return string(r.Method) == http.MethodConnect && (r.Protocol < flow.HTTP2 || len(r.Path) == 0 || r.Path[0] != '/')
+}
+
+// mayUpgrade reports whether h has a protocol that a request asks for.
+func mayUpgrade(h *mesh.HTTPManager, protocol []byte) bool {
+	return slices.ContainsFunc(h.Upgrades, func(u mesh.Upgrade) bool { return !u.Disabled && strings.EqualFold(u.Protocol, string(protocol)) })
 }
 
 // authorize applies a policy of requests.

@@ -50,9 +50,6 @@ func (r *routing) subject() authz.Subject {
 // pass applies the policies to a request, and routes it as they leave it. Routes may match the claims of its token.
 func (r *routing) pass(s *mesh.Snapshot, q *httpforward.Request) httpforward.Decision {
 	changed, reply, waits := r.gate.pass(r.judged, r.manager, q)
-	if reply == nil && waits == nil && r.role.gateway && isTunnel(q) {
-		reply = route.NoRoute // requests inside of it would not be routed
-	}
 	switch {
 	case waits != nil:
 		var d httpforward.Decision
