@@ -237,7 +237,8 @@ func TestARequestAsksForItsRetries(t *testing.T) {
 		{[]string{"x-envoy-retry-on: retriable-status-codes", "x-envoy-retriable-status-codes: 503"}, 2, "URX"},
 		{[]string{"x-envoy-max-retries: 2"}, 1, ""},
 	} {
-		lines := append(test.lines, "x-envoy-upstream-rq-timeout-ms: 60000", "x-envoy-upstream-rq-per-try-timeout-ms: 30000")
+		lines := append(test.lines, "x-envoy-upstream-rq-timeout-ms: 60000", "x-envoy-upstream-rq-per-try-timeout-ms: 30000",
+			"x-envoy-upstream-stream-duration-ms: 60000", "x-envoy-hedge-on-per-try-timeout: true", "x-envoy-upstream-rq-timeout-alt-response: 1")
 		if status, _ := r.client(t).get(t, "web", lines...); status != 503 {
 			t.Errorf("%q: status %d", test.lines, status)
 		}

@@ -21,8 +21,9 @@ const (
 	tryTimeoutField = "x-envoy-upstream-rq-per-try-timeout-ms"
 )
 
-// Consumed has the edits that remove the fields by which a request changes its retries and timeouts.
-var Consumed = removals(retryOnField, retryGRPCOnField, maxRetriesField, retryCodesField, retryHeadersField, timeoutField, tryTimeoutField)
+// Consumed has the edits that remove the fields by which a request controls its next proxy. The last three have no effect.
+var Consumed = removals(retryOnField, retryGRPCOnField, maxRetriesField, retryCodesField, retryHeadersField, timeoutField, tryTimeoutField,
+	"x-envoy-upstream-stream-duration-ms", "x-envoy-hedge-on-per-try-timeout", "x-envoy-upstream-rq-timeout-alt-response")
 
 func removals(names ...string) (edits []Edit) {
 	for _, name := range names {
