@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"net/netip"
 	"slices"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -220,7 +221,7 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 	before := q.Previous
 	d := httpforward.Decision{
 		Cluster: before.Cluster, Route: before.Route, Plan: before.Plan, Telemetry: before.Telemetry, DryRun: before.DryRun,
-		Hash: before.Hash, Hashed: before.Hashed, Tried: append(slices.Clip(before.Tried), before.Target.Address),
+		Hash: before.Hash, Hashed: before.Hashed, Tried: withTried(before),
 	}
 	config := r.cluster(s, d.Cluster)
 	if config == nil {
@@ -237,6 +238,14 @@ func (r *routing) again(s *mesh.Snapshot, q *httpforward.Request) httpforward.De
 	}
 	r.send(s, config, &d)
 	return d
+}
+
+// maxTried bounds the endpoints that a retry avoids. A request may ask for any number of retries.
+const maxTried = 100
+
+// withTried returns the endpoints of the last attempts, the one of a decision included. Decisions share no memory.
+func withTried(d *httpforward.Decision) []netip.AddrPort {
+	return append(slices.Clip(d.Tried[max(0, len(d.Tried)-maxTried+1):]), d.Target.Address)
 }
 
 // send sets the endpoint of a decision, or the reply if there is none.

@@ -4,6 +4,7 @@ package serve
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/balance"
@@ -86,6 +87,21 @@ func TestARetryIsRoutedByItsOwnBytes(t *testing.T) {
 	second.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
 	if string(r.request.Authority) != "web" {
 		t.Errorf("the retry is routed by %q", r.request.Authority)
+	}
+}
+
+// A request may ask for any number of retries. What is remembered of them are the last endpoints.
+func TestRetriesRememberTheLastEndpoints(t *testing.T) {
+	r := newTestRouting(t)
+	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}
+	var tried []netip.AddrPort
+	for ; q.Attempt < 2*maxTried; q.Attempt++ {
+		d := r.Route(q)
+		if last := tried[max(0, len(tried)-maxTried):]; !slices.Equal(d.Tried, last) {
+			t.Fatalf("retry %d avoids %v, want %v", q.Attempt, d.Tried, last)
+		}
+		tried, q.Previous = append(tried, d.Target.Address), &d
+		d.Lease.End(httpforward.Outcome{Status: 503, GRPC: -1, Connected: true})
 	}
 }
 
