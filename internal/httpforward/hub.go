@@ -56,7 +56,7 @@ type hub struct {
 const (
 	streamWindow     = http2.FirstWindow // that peers have on a stream
 	connectionWindow = 1 << 20           // that peers have on a connection
-	maxLegs          = 64                // upstream connections of a hub
+	maxLegs          = 64                // upstream connections of a hub, except those that place explains
 	firstLimit       = 100               // streams on an upstream connection before it has announced a limit
 	fewStreams       = 100
 	legSize          = 4 << 10     // about the size of a leg, with its tables

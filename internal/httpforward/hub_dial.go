@@ -61,8 +61,8 @@ func (c *call) stopWaiting() {
 	}
 }
 
-// overflow answers a request that would need more upstream connections than one downstream connection may have, or that would
-// wait with as many others as its cluster permits.
+// overflow answers a request that would wait with as many others as its cluster permits, or that would need more upstream
+// connections than place makes.
 func (h *hub) overflow(c *call) {
 	c.made = &madeOverflow
 	_ = h.answer(c, &replyOverflow, nil)
@@ -73,8 +73,11 @@ var (
 	madeOverflow  = route.Reply{Fields: []route.Field{{Name: "x-envoy-overloaded", Value: "true"}}, Edited: true}
 )
 
-// place returns a leg to the target of a call, nil if there are too many. If the server takes no streams at present on any of its
-// connections, those of another connection would wait as well: the call waits for one of them.
+// place returns a leg to the target of a call. If the server takes no streams at present on any of its connections, those of
+// another connection would wait as well: the call waits for one of them.
+//
+// At the bound of connections, a call waits for a place on one to its target, and an idle one is closed for a target without any.
+// Otherwise each of them carries a call, so that the number of calls bounds them. It is nil if clients have left behind as many dials.
 func (h *hub) place(c *call) *leg {
 	to, translate := &c.decision.Target, c.translated()
 	var best, stalled *leg
@@ -98,18 +101,20 @@ func (h *hub) place(c *call) *leg {
 			best = roomier(best, l)
 		}
 	}
+	calls := h.maxStreams()
 	most := maxLegs
 	if translate {
-		most = h.maxStreams()
+		most = calls
 	}
 	switch {
 	case best == nil && stalled != nil:
 		return stalled
 	case best != nil && (best.room() > 0 || len(h.ups) >= most):
 		return best
-	}
-	if len(h.ups) >= most {
+	case len(h.ups) >= most+calls:
 		return nil
+	case len(h.ups) >= most:
+		h.closeIdle()
 	}
 	l := h.newLeg(*to)
 	if translate && l.speakHTTP1(c) {
@@ -117,6 +122,16 @@ func (h *hub) place(c *call) *leg {
 	}
 	h.dial(l)
 	return l
+}
+
+// closeIdle has reap close a connection without a call, if there is one.
+func (h *hub) closeIdle() {
+	for _, l := range h.ups {
+		if l.conn != nil && !l.closing && l.load() == 0 {
+			l.closing = true
+			return
+		}
+	}
 }
 
 // roomier returns the leg with the most room; best may be nil.

@@ -59,6 +59,66 @@ func TestCallsAvoidAConnectionThatTakesNoStreams(t *testing.T) {
 	}
 }
 
+// A call is carried although a hub has as many connections as it may: idle ones give way, and those that take no more calls, or carry
+// calls to other targets, do not stand in its way.
+func TestAHubHasAConnectionForEachTarget(t *testing.T) {
+	for name, c := range map[string]struct {
+		each func(client, server *speaker, id string) // what becomes of the connections before
+		left int                                      // how many of them carry a call at the end
+	}{
+		"idle": {func(client, server *speaker, id string) {
+			server.sends("HEADERS 1 end :status=200")
+			client.reads("HEADERS " + id + " end :status=200")
+		}, 0},
+		"retired": {func(_, server *speaker, _ string) {
+			server.sends("GOAWAY 1 NO_ERROR")
+			server.sends("PING 12345678")
+			server.reads("PING ack 12345678")
+		}, maxLegs},
+		"busy": {func(_, _ *speaker, _ string) {}, maxLegs},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := newOrigin(t)
+			retired := &upstream.Security{}
+			r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) {
+				d.Target = upstream.Target{Address: o.address, Security: retired}
+				if name != "retired" {
+					d.Target.Security = new(upstream.Security)
+				}
+			}}, plain)
+			client := greetHub(t, r, "")
+			var servers []*speaker
+			carry := func(n int) (id string) {
+				id = fmt.Sprint(2*n + 1)
+				client.sends("GET " + id)
+				server := acceptHub(t, o, "3=1")
+				server.reads("GET 1")
+				server.reads("SETTINGS ack")
+				servers = append(servers, server)
+				return id
+			}
+			for n := range maxLegs {
+				id := carry(n)
+				c.each(client, servers[n], id)
+			}
+			id := carry(maxLegs)
+			servers[maxLegs].sends("HEADERS 1 end :status=200")
+			client.reads("HEADERS " + id + " end :status=200")
+			for n := range c.left {
+				servers[n].sends("HEADERS 1 end :status=200")
+				client.reads(fmt.Sprintf("HEADERS %d end :status=200", 2*n+1))
+			}
+			switch name {
+			case "idle":
+				servers[0].reads("the end")
+			case "busy":
+				servers[0].sends("PING 12345678")
+				servers[0].reads("PING ack 12345678")
+			}
+		})
+	}
+}
+
 // The limit of a cluster holds as well when a hub has as many connections as it may: further calls wait for a place.
 func TestCallsWaitForAPlaceWithinTheLimitOfTheirCluster(t *testing.T) {
 	o := newOrigin(t)
