@@ -324,6 +324,28 @@ func TestACancelledCallWithoutAPlaceForARetryIsCancelled(t *testing.T) {
 	held.check(t, nil)
 }
 
+// One that is cancelled at its last attempt is recorded as a failure after which no retry was left.
+func TestACancelledCallWithoutARetryLeftIsCancelled(t *testing.T) {
+	o := newOrigin(t)
+	r := newHub(t, o.address, &planned{decide: func(_ *Request, d *Decision) {
+		d.Plan, d.Target.Address = &route.Plan{Retry: retrying(mesh.Retry5xx, 1)}, o.address
+	}}, plain)
+	client := greetHub(t, r, "")
+	client.sends("HEADERS 1 end :method=POST :scheme=http :authority=a :path=/ content-type=application/grpc te=trailers")
+	server := acceptHub(t, o, "")
+	server.next()
+	server.reads("SETTINGS ack")
+	server.sends("RST 1 CANCEL")
+	if got := server.next(); !strings.HasPrefix(got, "HEADERS 3 end") {
+		t.Fatalf("the server read %q", got)
+	}
+	server.sends("RST 3 CANCEL")
+	client.reads("RST 1 CANCEL")
+	if got := r.records.await(t, 0); got.attempts != 2 || got.flags != "URX,UR" {
+		t.Errorf("the record is %+v", got)
+	}
+}
+
 func TestTheLastAttemptOfAHubIsForwarded(t *testing.T) {
 	origin := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(503); io.WriteString(w, "sorry") })
 	r := newHub(t, origin, &planned{decide: func(_ *Request, d *Decision) { d.Plan = &route.Plan{Retry: retrying(mesh.Retry5xx, 2)} }})

@@ -17,7 +17,7 @@ func (h *hub) repeatable(c *call) bool {
 	return c.req.keep && !c.begun && !c.replied && c.interim == 0
 }
 
-// permitsRetry reports whether an attempt is left, and a place for it. The record has what is not.
+// permitsRetry takes a place for another attempt. It reports whether one is left, and has a place. The record has what is not.
 func (c *call) permitsRetry() bool {
 	c.http.Exhausted = c.left == 0
 	if c.left == 0 {
@@ -29,12 +29,19 @@ func (c *call) permitsRetry() bool {
 
 // failed goes on after an attempt that got no response: with the next attempt, or with the reply. The call has left its leg.
 func (h *hub) failed(c *call, f failure, r *reply, err error) {
-	untouched := c.sentAt.IsZero()
-	if c.policy != nil && h.repeatable(c) && retriesFailure(c.policy, f, untouched) && c.permitsRetry() {
-		h.retry(c, r.reason)
-		return
+	if !h.tryAgain(c, f, r.reason) {
+		h.abandon(c, r, r.reason, err)
 	}
-	h.abandon(c, r, r.reason, err)
+}
+
+// tryAgain begins the next attempt after one that got no response, if the policy has one for that.
+func (h *hub) tryAgain(c *call, f failure, reason flow.Reason) bool {
+	untouched := c.sentAt.IsZero()
+	if c.policy == nil || !h.repeatable(c) || !retriesFailure(c.policy, f, untouched) || !c.permitsRetry() {
+		return false
+	}
+	h.retry(c, reason)
+	return true
 }
 
 // retriesResponse begins another attempt if the policy asks for one after a response, of which end is the whole. Otherwise this is
@@ -145,27 +152,22 @@ func (h *hub) resetStream(l *leg, id uint32, code http2.Code) error {
 		h.completed(c)
 	case code == http2.RefusedStream && !c.begun:
 		h.refused(c)
-	case !c.begun && !h.passesReset(c, code):
-		h.detach(c)
-		r := replyUpstreamReset(code)
-		h.failed(c, failedReset, &r, why)
 	default:
 		h.detach(c)
+		switch r := replyUpstreamReset(code); {
+		case !c.begun && h.tryAgain(c, failedReset, r.reason):
+			return nil
+		case !c.begun && !(c.http.GRPC && code == http2.Cancel):
+			h.abandon(c, &r, r.reason, why)
+			return nil
+		}
+		// A gRPC server cancels a call at its deadline, and the client reads that from the code; a reply would report that the server
+		// is not available.
 		c.http.Flags, c.http.Details = envoy.FlagUpstreamRemoteReset, resetDetails(c.stream, code)
 		h.resetDownstream(c.id, code)
 		h.finish(c, flow.UpstreamReset, why)
 	}
 	return nil
-}
-
-// passesReset reports whether a reset before the response is passed on in the place of a reply. A gRPC server cancels a call at
-// its deadline, and the client reads that from the code; a reply would report that the server is not available.
-func (h *hub) passesReset(c *call, code http2.Code) bool {
-	if !c.http.GRPC || code != http2.Cancel {
-		return false
-	}
-	retried := c.policy != nil && c.left > 0 && h.repeatable(c) && retriesFailure(c.policy, failedReset, false) && c.permitsRetry()
-	return !retried
 }
 
 // left ends a call that downstream has reset.
