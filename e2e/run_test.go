@@ -423,6 +423,22 @@ func TestRunNamesTheSettingThatForbidsIt(t *testing.T) {
 	}
 }
 
+// Inside of pillion run, an ordinary user can run pillion again. Root cannot, and pillion names the cause.
+func TestRunInsideOfRun(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		stdout, stderr, status := c.run(t, "--", pillion, "run", "--", "echo", "inside")
+		if c.uid != 0 {
+			if status != 0 || stdout != "inside\n" {
+				t.Errorf("exit status %d, output %q\n%s", status, stdout, stderr)
+			}
+			return
+		}
+		if status != 1 || !strings.Contains(stderr, "root without the capability SETFCAP, as inside of another pillion run") {
+			t.Errorf("exit status %d\n%s", status, stderr)
+		}
+	})
+}
+
 // --publish and --publish-all make the command's servers reachable from outside, and show what arrives.
 func TestRunPublishesPorts(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {

@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
 // switches are settings of the kernel that forbid user namespaces, and the value that does.
@@ -35,8 +37,12 @@ func refused(err error, privileged bool) error {
 			return fmt.Errorf("%w; %s is %s: set %s, or run pillion as root", err, s.path, s.forbids, s.remedy)
 		}
 	}
-	if privileged {
+	switch effective, readErr := kernel.EffectiveCapabilities(); {
+	case privileged:
 		return err
+	case os.Getuid() == 0 && readErr == nil && effective&(1<<unix.CAP_SETFCAP) == 0: // see user_namespaces(7)
+		return fmt.Errorf("%w; root without the capability SETFCAP, as inside of another pillion run, cannot make user namespaces: "+
+			"run pillion, and the one around it, as another user, or as root with the capabilities SYS_ADMIN, NET_ADMIN and SETPCAP", err)
 	}
 	return fmt.Errorf("%w; user namespaces are not permitted here, as in a chroot, or in a container whose seccomp profile or "+
 		"security module forbids them: allow them there (docker: --security-opt seccomp=unconfined), or run pillion as root with the "+
