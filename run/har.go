@@ -1,9 +1,9 @@
 package run
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -17,10 +17,11 @@ import (
 )
 
 // harFile writes requests as an HTTP Archive, version 1.2. The developer tools of browsers open it. The file is complete
-// when it is closed.
+// after each entry, whatever ends the process, as the next one is written over its end. A pipe is complete when it is closed.
 type harFile struct {
 	file    *os.File
-	out     *bufio.Writer
+	pipe    bool
+	length  int64 // without harEnd
 	entries int
 	limit   int  // bytes of a decoded body
 	mask    bool // credentials in bodies
@@ -103,10 +104,11 @@ func openHAR(path, version string, limit int, mask bool) (*harFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &harFile{file: file, out: bufio.NewWriter(file), limit: limit, mask: mask}
+	h := &harFile{file: file, limit: limit, mask: mask}
+	h.pipe = h.seek() != nil
 	creator, err := json.Marshal(harCreator{"pillion", version})
 	if err == nil {
-		_, err = h.out.WriteString(`{"log":{"version":"1.2","creator":` + string(creator) + `,"entries":[`)
+		err = h.add(`{"log":{"version":"1.2","creator":` + string(creator) + `,"entries":[`)
 	}
 	if err != nil {
 		file.Close()
@@ -129,14 +131,33 @@ func (h *harFile) write(r *event) error {
 	if h.entries++; h.entries > 1 {
 		separator = ",\n"
 	}
-	_, err = h.out.WriteString(separator + string(text))
+	return h.add(separator + string(text))
+}
+
+// harEnd is behind the entries.
+const harEnd = "\n]}}\n"
+
+func (h *harFile) add(text string) (err error) {
+	if h.pipe {
+		_, err = h.file.WriteString(text)
+		return err
+	}
+	if err = h.seek(); err == nil {
+		_, err = h.file.WriteString(text + harEnd)
+	}
+	h.length += int64(len(text))
 	return err
 }
 
-func (h *harFile) close() error {
-	_, err := h.out.WriteString("\n]}}\n")
-	if flushErr := h.out.Flush(); err == nil {
-		err = flushErr
+// seek moves to the end of the entries. Pipes have no place to move to.
+func (h *harFile) seek() error {
+	_, err := h.file.Seek(h.length, io.SeekStart)
+	return err
+}
+
+func (h *harFile) close() (err error) {
+	if h.pipe {
+		_, err = h.file.WriteString(harEnd)
 	}
 	if closeErr := h.file.Close(); err == nil {
 		err = closeErr

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"crypto/sha1"
 	"crypto/x509"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -157,6 +159,51 @@ func TestHeadsAreParsed(t *testing.T) {
 	if got := headFields([]byte(head), false); got[2].Value != "a=b" {
 		t.Errorf("headFields = %q", got)
 	}
+}
+
+// A file is a whole archive at any time, and a pipe when it is closed.
+func TestArchivesAreComplete(t *testing.T) {
+	path, pipe := filepath.Join(t.TempDir(), "all.har"), filepath.Join(t.TempDir(), "pipe.har")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	received := make(chan []byte)
+	go func() {
+		text, _ := os.ReadFile(pipe)
+		received <- text
+	}()
+	file, err := openHAR(path, "1", 0, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.close()
+	through, err := openHAR(pipe, "1", 0, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verify := func(text []byte, want int) {
+		t.Helper()
+		var archive struct{ Log struct{ Entries []harEntry } }
+		if err := json.Unmarshal(text, &archive); err != nil || len(archive.Log.Entries) != want {
+			t.Errorf("%d entries, want %d; %v:\n%s", len(archive.Log.Entries), want, err, text)
+		}
+	}
+	for n := range 3 {
+		if text, err := os.ReadFile(path); err != nil {
+			t.Error(err)
+		} else {
+			verify(text, n)
+		}
+		for _, h := range []*harFile{file, through} {
+			if err := h.write(&event{har: &harEntry{Comment: fmt.Sprint(n)}}); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := through.close(); err != nil {
+		t.Error(err)
+	}
+	verify(<-received, 3)
 }
 
 // The trust store of Java has each certificate as an entry, and ends with the digest of a known password.
