@@ -29,8 +29,19 @@ type authority struct {
 const (
 	// authorityLife bounds a run whose connections are decrypted.
 	authorityLife = 30 * 24 * time.Hour
-	maxIssued     = 10_000
+	maxIssued     = 10_000 // hosts that are remembered
 )
+
+// makeRoom lets a map of hosts take another one. It forgets one at random if the map is full.
+func makeRoom[V any](hosts map[string]V) {
+	if len(hosts) < maxIssued {
+		return
+	}
+	for host := range hosts {
+		delete(hosts, host)
+		return
+	}
+}
 
 func newAuthority() (*authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -97,9 +108,7 @@ func (a *authority) issue(host string) (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(a.issued) >= maxIssued {
-		clear(a.issued)
-	}
+	makeRoom(a.issued)
 	a.issued[host] = &tls.Certificate{Certificate: [][]byte{raw, a.certificate.Raw}, PrivateKey: a.leafKey, Leaf: leaf}
 	return a.issued[host], nil
 }

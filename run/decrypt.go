@@ -155,11 +155,12 @@ func (d *decryption) tunnelled(host string) {
 
 // first adds a name to a bounded list, and reports whether it was not there.
 func first(list map[string]bool, name string) bool {
-	known := list[name]
-	if len(list) < maxIssued {
-		list[name] = true
+	if list[name] {
+		return false
 	}
-	return !known
+	makeRoom(list)
+	list[name] = true
+	return true
 }
 
 // passes reports whether the cause of a failed handshake may be gone at the next connection.

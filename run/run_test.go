@@ -3,6 +3,7 @@ package run
 import (
 	"bytes"
 	"crypto/sha1"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
@@ -204,6 +205,30 @@ func TestArchivesAreComplete(t *testing.T) {
 		t.Error(err)
 	}
 	verify(<-received, 3)
+}
+
+// A command may connect to more hosts than are remembered. The last ones are.
+func TestTheLastHostsAreRemembered(t *testing.T) {
+	ca, err := newAuthority()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := make(map[string]bool)
+	for n := range maxIssued {
+		host := fmt.Sprint("host", n)
+		ca.issued[host] = new(tls.Certificate)
+		if !first(list, host) {
+			t.Fatalf("%s is known", host)
+		}
+	}
+	const last = "last.example"
+	if !first(list, last) || first(list, last) || len(list) != maxIssued {
+		t.Errorf("the last of %d hosts is not remembered once", len(list))
+	}
+	issued, err := ca.issue(last)
+	if again, _ := ca.issue(last); err != nil || again != issued || len(ca.issued) != maxIssued {
+		t.Errorf("%d certificates are remembered, the last one: %v, %v", len(ca.issued), again == issued, err)
+	}
 }
 
 // The trust store of Java has each certificate as an entry, and ends with the digest of a known password.
