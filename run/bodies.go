@@ -12,6 +12,7 @@ import (
 	"net/http/httputil"
 	"regexp"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -146,7 +147,9 @@ func wholeRunes(text []byte) []byte {
 }
 
 // secretMember is a member of a JSON object whose name contains one of secretWords, with its value, which may be cut.
-var secretMember = regexp.MustCompile(`(?i)("[^"\\]*(?:` + strings.Join(secretWords, "|") + `)[^"\\]*"\s*:\s*)("(?:[^"\\]|\\.)*"?|-?[0-9][0-9.eE+-]*)`)
+var secretMember = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?i)("[^"\\]*(?:` + strings.Join(secretWords, "|") + `)[^"\\]*"\s*:\s*)("(?:[^"\\]|\\.)*"?|-?[0-9][0-9.eE+-]*)`)
+})
 
 // maskText masks credentials in forms and in JSON.
 func maskText(text, mimeType string) string {
@@ -154,5 +157,5 @@ func maskText(text, mimeType string) string {
 	if kind == "application/x-www-form-urlencoded" {
 		return maskQuery(text)
 	}
-	return secretMember.ReplaceAllString(text, `${1}"`+masked+`"`)
+	return secretMember().ReplaceAllString(text, `${1}"`+masked+`"`)
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"unicode/utf8"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -165,7 +166,8 @@ type operator struct {
 	piece
 }
 
-var operators = func() []operator {
+// operators are all that are known. The table is made when a format is read.
+var operators = sync.OnceValue(func() []operator {
 	all := []operator{
 		{"START_TIME", takesLayout, piece{does: verbStartTime}},
 		{"REQ", takesRequestField, piece{does: verbField}},
@@ -220,7 +222,7 @@ var operators = func() []operator {
 			operator{a.name + "_PORT", takesNone, piece{does: verbAddress, address: a.address, part: onlyPort, number: true}})
 	}
 	return all
-}()
+})
 
 // ParseFormat compiles a text with Envoy's operators, such as %RESPONSE_CODE%. An empty text means Default. A newline at the
 // end, also one written as \n, is removed, since each line ends in a newline anyway. An error names the operator, the
@@ -438,12 +440,12 @@ func (c *compiler) understood(text string, start int, s style) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	i := slices.IndexFunc(operators, func(o operator) bool { return o.name == name })
+	i := slices.IndexFunc(operators(), func(o operator) bool { return o.name == name })
 	if i < 0 {
 		return 0, fmt.Errorf("unknown operator %%%s%% at column %d; the nearest known one is %%%s%%", name, column(text, start), nearest(name))
 	}
-	p := operators[i].piece
-	switch takes := operators[i].takes; {
+	p := operators()[i].piece
+	switch takes := operators()[i].takes; {
 	case max >= 0 && takes != takesRequestField && takes != takesResponseField && takes != takesState:
 		err = errors.New("takes no length")
 	case takes == takesNone && arg != nil:
@@ -559,7 +561,7 @@ func column(text string, i int) int { return utf8.RuneCountInString(text[:i]) + 
 func nearest(name string) string {
 	name = name[:min(len(name), 64)]
 	best, least := "", 1<<30
-	for _, o := range operators {
+	for _, o := range operators() {
 		if d := distance(name, o.name); d < least {
 			best, least = o.name, d
 		}

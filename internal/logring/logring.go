@@ -75,10 +75,10 @@ func withoutSecrets(_ []string, a slog.Attr) slog.Attr {
 	case "request_id":
 		return slog.Attr{}
 	case "error", "err":
-		return slog.String(a.Key, query.ReplaceAllString(a.Value.String(), "?…"))
+		return slog.String(a.Key, query().ReplaceAllString(a.Value.String(), "?…"))
 	}
 	return a
 }
 
 // query is a query in the URL of an error, which net/http quotes.
-var query = regexp.MustCompile(`\?[^\s"]+`)
+var query = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`\?[^\s"]+`) })

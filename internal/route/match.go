@@ -294,14 +294,14 @@ func (p *pattern) match(text []byte) bool {
 	if re == nil {
 		var err error
 		if re, err = regexp.Compile(`\A(?:` + p.text + `)\z`); err != nil {
-			re = nothing
+			re = nothing()
 		}
 		p.regexp.Store(re)
 	}
 	return re.Match(text)
 }
 
-var nothing = regexp.MustCompile(`\A\z.`)
+var nothing = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`\A\z.`) })
 
 // patterns has the patterns of a virtual host, of which many may be equal.
 type patterns map[string]*pattern
