@@ -16,6 +16,8 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -85,12 +87,12 @@ func Run(config Config) (status int, err error) {
 	}
 	r := &run{config: config}
 	defer r.close()
-	if err := r.build(path); err != nil {
+	if err := r.build(); err != nil {
 		return 1, err
 	}
-	stop := r.forwardSignals()
-	status, err = r.sandbox.Run()
-	stop()
+	r.running.Store(true)
+	status, err = r.sandbox.Run(sandbox.Command{Path: path, Arguments: config.Command, Environment: r.environment()})
+	r.stopSignals()
 	r.end()
 	var start *sandbox.StartError
 	if errors.As(err, &start) {
@@ -128,10 +130,22 @@ type run struct {
 	inbound    *publisher // nil: no port is published
 	page       *page
 	decryption *decryption // nil: TLS passes
+
+	running     atomic.Bool // the command is started, or about to be
+	stopSignals func()      // nil: none are forwarded
 }
 
-func (r *run) build(path string) error {
+// build prepares everything while the sandbox makes its network.
+func (r *run) build() error {
 	var err error
+	r.sandbox, err = sandbox.Start(sandbox.Config{
+		IPv6: hasIPv6(), Loopback: r.config.HostLoopback, Datagrams: r.config.Datagrams,
+		Dropped: func(destination string) { r.records.dropped(destination) }, // once the command runs
+	})
+	if err != nil {
+		return err
+	}
+	r.stopSignals = sync.OnceFunc(r.forwardSignals())
 	if r.records, err = openRecords(r.config); err != nil {
 		return err
 	}
@@ -144,14 +158,13 @@ func (r *run) build(path string) error {
 		}
 		r.records.decryption = r.decryption
 	}
-	r.sandbox, err = sandbox.Start(sandbox.Config{
-		Path: path, Arguments: r.config.Command, Environment: r.environment(), IPv6: hasIPv6(), Loopback: r.config.HostLoopback,
-		Datagrams: r.config.Datagrams, Dropped: r.records.dropped,
-	})
-	if err != nil {
+	if r.traffic, err = newTraffic(r.config, r.records); err != nil {
 		return err
 	}
-	if r.traffic, err = newTraffic(r.config, r.sandbox, r.records, r.decryption); err != nil {
+	if err := r.sandbox.Await(); err != nil {
+		return err
+	}
+	if err := r.traffic.adopt(r.config, r.sandbox, r.records, r.decryption); err != nil {
 		return err
 	}
 	if len(r.config.Publish) > 0 || r.config.PublishAll {
@@ -191,6 +204,9 @@ func (r *run) end() {
 }
 
 func (r *run) close() {
+	if r.stopSignals != nil {
+		r.stopSignals()
+	}
 	if r.page != nil {
 		r.page.close()
 	}

@@ -6,7 +6,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -16,16 +20,39 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pillion-proxy/pillion/internal/capture"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/live"
 	"github.com/pillion-proxy/pillion/internal/nettest"
+	"github.com/pillion-proxy/pillion/internal/sandbox"
 	"github.com/pillion-proxy/pillion/internal/secure"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
 
-func TestMain(m *testing.M) { os.Exit(nettest.Main(m)) }
+func TestMain(m *testing.M) {
+	if sandbox.IsHelper(os.Args) {
+		os.Exit(sandbox.RunHelper(os.Args))
+	}
+	os.Exit(nettest.Main(m))
+}
+
+// What fails while the sandbox makes its network has its own error, and ends the sandbox.
+func TestAFailureBesideTheSandboxEndsIt(t *testing.T) {
+	nettest.RequireRoot(t)
+	missing := filepath.Join(t.TempDir(), "missing", "records.jsonl")
+	status, err := Run(Config{
+		Command: []string{"true"}, Log: "off", Record: missing, Errors: io.Discard, Logger: slog.New(slog.DiscardHandler),
+	})
+	if status != 1 || !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "--record") {
+		t.Errorf("status %d, %v", status, err)
+	}
+	if pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err != unix.ECHILD {
+		t.Errorf("a process is left: %d, %v", pid, err)
+	}
+}
 
 func TestHostsAreRead(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "hosts")

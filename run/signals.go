@@ -17,7 +17,8 @@ var forwarded = []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, sy
 func surviveClosedOutput() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }
 
 // forwardSignals sends signals on to the command until stop is called. A terminal sends its signals to the command as well,
-// which is in the same process group: those are not sent on. A signal that the caller ignores stays ignored.
+// which is in the same process group: those are not sent on. A signal that the caller ignores stays ignored. Before the command
+// is started, signals have their default action.
 func (r *run) forwardSignals() (stop func()) {
 	terminal := sandbox.OpenTerminal()
 	caught := make(chan os.Signal, 16)
@@ -29,6 +30,11 @@ func (r *run) forwardSignals() (stop func()) {
 	var forwarding sync.WaitGroup
 	forwarding.Go(func() {
 		for s := range caught {
+			if !r.running.Load() {
+				signal.Reset(s)
+				_ = syscall.Kill(os.Getpid(), s.(syscall.Signal))
+				continue
+			}
 			if (s == syscall.SIGINT || s == syscall.SIGQUIT) && terminal.Foreground() {
 				continue
 			}

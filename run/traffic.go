@@ -33,6 +33,8 @@ type traffic struct {
 	poller   *tcp.Poller
 	pool     *upstream.Pool
 	note     flow.Fields // of records
+	servers  []netip.AddrPort
+	names    *dns.Table
 	role     *outbound.Proxy
 	listener *listener.Server
 	resolver *dns.Server
@@ -41,24 +43,32 @@ type traffic struct {
 	datagrams *datagram.Carrier // nil: datagrams are rejected
 }
 
-func newTraffic(config Config, box *sandbox.Sandbox, records *records, decryption *decryption) (*traffic, error) {
+// newTraffic makes what needs no socket of the sandbox. adopt must follow.
+func newTraffic(config Config, records *records) (*traffic, error) {
 	t := &traffic{table: flow.NewTable(records.sinks()...), pool: upstream.NewPool(0), note: noted(&config)}
 	var err error
+	if t.servers, err = nameServers(config.Servers); err != nil {
+		return nil, err
+	}
+	t.names, _ = dns.NewTable(readHosts(hostsFile), dns.Scope{}) // invalid names cannot be queried
 	if t.poller, err = tcp.NewPoller(); err != nil {
 		return nil, err
 	}
+	return t, nil
+}
+
+// adopt takes over the sockets of the sandbox.
+func (t *traffic) adopt(config Config, box *sandbox.Sandbox, records *records, decryption *decryption) error {
 	if err := t.addResolver(config, box, records); err != nil {
-		t.close()
-		return nil, err
+		return err
 	}
 	if err := t.addOutbound(config, box, decryption); err != nil {
-		t.close()
-		return nil, err
+		return err
 	}
 	if config.Datagrams {
 		t.carryDatagrams(box, records)
 	}
-	return t, nil
+	return nil
 }
 
 // settings are those of all connections. Bytes that decide the protocol are held for a short time only, because the command
@@ -125,11 +135,7 @@ func (closed) Contains(address netip.Addr) bool {
 
 // addResolver makes the resolver, and the policy that judges its queries and looks names up by it.
 func (t *traffic) addResolver(config Config, box *sandbox.Sandbox, records *records) error {
-	servers, err := nameServers(config.Servers)
-	if err != nil {
-		return err
-	}
-	parts := dns.Config{UDP: box.DNS, TCP: box.DNSTCP, Upstreams: servers, CacheSize: dns.DefaultCacheSize, Log: config.Logger}
+	parts := dns.Config{UDP: box.DNS, TCP: box.DNSTCP, Upstreams: t.servers, CacheSize: dns.DefaultCacheSize, Log: config.Logger}
 	if config.governs() {
 		parts.Refuse = func(name string) bool { return t.policy.Query(name) }
 		parts.Learn = func(name string, addresses []netip.Addr) { t.policy.Learn(name, addresses) }
@@ -142,8 +148,7 @@ func (t *traffic) addResolver(config Config, box *sandbox.Sandbox, records *reco
 	if config.governs() {
 		t.policy = egress.New(config.Rules, resolver)
 	}
-	table, _ := dns.NewTable(readHosts(hostsFile), dns.Scope{}) // invalid names cannot be queried
-	resolver.SetNames(table)
+	resolver.SetNames(t.names)
 	t.resolver = resolver
 	return nil
 }

@@ -20,8 +20,8 @@ var arrows = []struct {
 		"the agent builds all parts and stops them in order"},
 	{"run", []string{"outbound", "internal/budget", "internal/capture", "internal/datagram", "internal/dns", "internal/egress", "internal/fault", "internal/flow", "internal/httpforward", "internal/identity", "internal/listener", "internal/live", "internal/sandbox", "internal/secure", "internal/serve", "internal/tcp", "internal/terminal", "internal/upstream"},
 		"a command's traffic arrives from a sandbox, is carried by a role and a resolver, and is shown in a terminal"},
-	{"internal/sandbox", []string{"internal/capture", "internal/datagram", "internal/sockopt", "iptables/kernel", "iptables/nft"},
-		"a sandbox captures ports by a table of its own, its link has the address that packets are sent to, its listening sockets have the options of accepted ones, and capabilities decide how it is made"},
+	{"internal/sandbox", []string{"internal/capture", "internal/datagram", "internal/prestart", "internal/sockopt", "iptables/kernel", "iptables/nft"},
+		"a sandbox captures ports by a table of its own, its link has the address that packets are sent to, its listening sockets have the options of accepted ones, and its first process may be started before the program is initialized"},
 	{"internal/datagram", []string{"internal/flow"},
 		"the counters of a flow that is listed"},
 	{"inbound", []string{"internal/balance", "internal/capture", "internal/envoy", "internal/flow", "internal/httpforward", "internal/serve", "internal/tcp", "internal/upstream", "internal/peers", "internal/tracing"},
@@ -209,6 +209,7 @@ var rawCalls = map[string]string{
 	"internal/preflight": "limits of the process",
 	"internal/datagram":  "datagrams with their addresses and ICMP errors, which package net does not return",
 	"internal/sandbox":   "namespaces, rules and capabilities of a command, and its terminal",
+	"internal/prestart":  "a process in new namespaces, before packages with these calls are initialized",
 	"internal/terminal":  "the size of a terminal, and its keys one by one",
 	"iptables/rulestest": "sockets with addresses that are not the machine's",
 }
@@ -217,6 +218,8 @@ var rawCalls = map[string]string{
 var unsafeRooms = map[string]string{
 	"internal/accesslog":   "writes past the scheduler",
 	"internal/httpforward": "a router reads the fields of a header block, which are strings, without a copy",
+	"internal/prestart":    "capabilities, before golang.org/x/sys is initialized",
+	"internal/sandbox":     "actions of signals, which package os/signal sets in another way",
 	"internal/sockopt":     "socket options past the scheduler",
 	"internal/tcp":         "system calls past the scheduler",
 }

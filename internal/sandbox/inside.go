@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -12,8 +13,11 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pillion-proxy/pillion/iptables/kernel"
 )
 
 // IsHelper reports whether the command line args, with the program's name, is that of the helper.
@@ -31,14 +35,13 @@ func RunHelper(args []string) int {
 	if err != nil {
 		return 1
 	}
-	h := &inside{control: control, started: make(chan struct{})}
-	h.keepFromSignals()
+	h := &inside{control: control, orders: make(chan Command, 1)}
+	keepFromSignals()
 	if err := h.prepare(); err != nil {
 		h.fail(err)
 		return 1
 	}
 	go h.serve()
-	<-h.started
 	status := h.runCommand()
 	h.awaitDropped()
 	return status
@@ -49,7 +52,7 @@ type inside struct {
 	control *net.UnixConn
 	writing sync.Mutex
 	config  Config
-	started chan struct{}
+	orders  chan Command // receives the command that is to be started
 	dropped dropped
 
 	starting sync.Mutex    // held while the command is started
@@ -94,13 +97,15 @@ func (h *inside) write(m message, files ...int) {
 	}
 }
 
-// keepFromSignals makes the signals that a terminal sends to all processes of the foreground have no effect on the helper.
-// They are caught, not ignored, because the command would inherit that they are ignored.
-func (h *inside) keepFromSignals() {
-	caught := make(chan os.Signal, 1)
-	for _, s := range []os.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT} {
+// keepFromSignals makes the signals that a terminal sends to all processes of the foreground have no effect on the helper: it
+// removes Go's handlers. The kernel passes a signal without a handler to the first process of a PID namespace only if it is
+// SIGKILL or SIGSTOP (pid_namespaces(7)). They are not ignored, because the command would inherit that they are ignored.
+func keepFromSignals() {
+	for _, s := range []unix.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGCONT} {
 		if !signal.Ignored(s) {
-			signal.Notify(caught, s)
+			var byDefault [4]uintptr // struct sigaction: SIG_DFL, no flags and an empty mask
+			const maskBytes = 8
+			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&byDefault)), 0, maskBytes, 0, 0)
 		}
 	}
 }
@@ -115,20 +120,16 @@ func (h *inside) prepare() error {
 	if err := mountProc(); err != nil {
 		return err
 	}
-	if err := h.makeLinks(); err != nil {
-		return err
+	changeSettings()
+	if err := kernel.LinkUp("lo"); err != nil {
+		return failed("enabling the loopback", err)
 	}
 	sockets, err := openSockets()
 	if err != nil {
 		return err
 	}
-	if h.config.Datagrams {
-		if err := sockets.openPackets(); err != nil {
-			return err
-		}
-	}
-	if err := rulesFor(&h.config, sockets).install(); err != nil {
-		return failed("installing rules", err)
+	if err := h.connect(sockets); err != nil {
+		return err
 	}
 	if err := h.watchDropped(); err != nil {
 		return err
@@ -141,6 +142,17 @@ func (h *inside) prepare() error {
 		unix.Close(fd)
 	}
 	return nil
+}
+
+// connect makes the links and installs the rules. Both take the kernel some time, which waits for other processors meanwhile.
+func (h *inside) connect(sockets *sockets) error {
+	installed := make(chan error, 1)
+	go func() { installed <- failed("installing rules", rulesFor(&h.config, sockets).install()) }()
+	err := h.makeLinks()
+	if err == nil && h.config.Datagrams {
+		err = sockets.openPackets()
+	}
+	return cmp.Or(err, <-installed)
 }
 
 // mountProc shows the processes of the PID namespace in /proc. The kernel refuses that if parts of /proc are hidden, as in
@@ -166,7 +178,7 @@ func (h *inside) serve() {
 		}
 		switch m.Kind {
 		case "start":
-			close(h.started)
+			h.orders <- *m.Command
 		case "signal":
 			h.signal(unix.Signal(m.Signal))
 		case "socket":
@@ -209,7 +221,7 @@ func (h *inside) openSocket(m message) {
 func (h *inside) runCommand() int {
 	pid, err := h.startCommand()
 	if err != nil {
-		h.fail(failed(h.config.Arguments[0], err))
+		h.fail(err)
 		return 127
 	}
 	for {
@@ -228,25 +240,26 @@ func (h *inside) runCommand() int {
 	}
 }
 
-// startCommand starts the command from a thread without capabilities. Threads have capabilities of their own, and a new
-// process has those of the thread that starts it.
+// startCommand starts the command when the caller orders it, from a thread without capabilities. Threads have capabilities of
+// their own, and a new process has those of the thread that starts it. All is ready for the command before the order comes.
 //
 // The helper is not dumpable from here on, so only a process with CAP_SYS_PTRACE may trace it or read its files (ptrace(2),
 // "access mode checking"). The capabilities of its threads do not protect it: the thread above has none, and may be the first.
 func (h *inside) startCommand() (pid int, err error) {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return 0, failed("protecting the helper", err)
-	}
+	protected := failed("protecting the helper", unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0))
 	done := make(chan struct{})
 	go func() {
 		runtime.LockOSThread() // the thread ends with the goroutine
 		defer close(done)
-		if err = dropCapabilities(); err != nil {
+		dropped := dropCapabilities()
+		command := <-h.orders
+		defer func() { err = failed(command.Arguments[0], err) }()
+		if err = cmp.Or(protected, dropped); err != nil {
 			return
 		}
 		h.starting.Lock() // a signal that arrives meanwhile waits
 		defer h.starting.Unlock()
-		pid, err = syscall.ForkExec(h.config.Path, h.config.Arguments, &syscall.ProcAttr{Env: h.environment(), Files: []uintptr{0, 1, 2}})
+		pid, err = syscall.ForkExec(command.Path, command.Arguments, &syscall.ProcAttr{Env: command.environment(), Files: []uintptr{0, 1, 2}})
 		if err != nil {
 			return
 		}
@@ -261,9 +274,9 @@ func (h *inside) startCommand() (pid int, err error) {
 
 // environment is that of the caller with the variables of the configuration in the place of its own. A name must not occur
 // twice: the C library takes the first one.
-func (h *inside) environment() []string {
+func (c *Command) environment() []string {
 	replaced := make(map[string]bool)
-	for _, pair := range h.config.Environment {
+	for _, pair := range c.Environment {
 		name, _, _ := strings.Cut(pair, "=")
 		replaced[name] = true
 	}
@@ -271,7 +284,7 @@ func (h *inside) environment() []string {
 		name, _, _ := strings.Cut(pair, "=")
 		return replaced[name]
 	})
-	return append(kept, h.config.Environment...)
+	return append(kept, c.Environment...)
 }
 
 // dropCapabilities removes all capabilities from the calling thread, and the ways to gain some: set-user-ID programs,

@@ -44,13 +44,9 @@ const (
 	maxMTU             = 65535
 )
 
-// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so packets that leave by
-// it come back, and are discarded unless a packet socket takes them. Without a link, routes could not have a source address.
-func (h *inside) makeLinks() error {
-	if err := kernel.LinkUp("lo"); err != nil {
-		return failed("enabling the loopback", err)
-	}
-	// The settings are optional: a failure leaves the default.
+// changeSettings changes the kernel's defaults for links and sockets, before there are any. The settings are optional: a failure
+// leaves the default.
+func changeSettings() {
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0) // no link-local address
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
 	// Packets stay in this kernel. BBR, the default of some machines, would delay them to find the rate of a path. Reno does
@@ -60,6 +56,11 @@ func (h *inside) makeLinks() error {
 		// The command cannot have CAP_NET_BIND_SERVICE, and could bind low ports outside.
 		_ = os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0)
 	}
+}
+
+// makeLinks makes a link with an address and default routes. Its other end is in the same namespace, so packets that leave by
+// it come back, and are discarded unless a packet socket takes them. Without a link, routes could not have a source address.
+func (h *inside) makeLinks() error {
 	if err := addPair(); err != nil {
 		return failed("adding a veth pair", err)
 	}

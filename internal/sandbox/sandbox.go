@@ -3,8 +3,8 @@
 //
 // Start runs this program again as the first process of the namespaces: the helper. It makes a network of two joined links
 // that lead nowhere, installs rules that redirect what the command sends to listening sockets, and passes these sockets to
-// the caller over a socket pair. A socket keeps the namespace in which it was made, so the caller accepts connections from
-// inside with sockets of its own namespace beside them. Packets have no other way out.
+// the caller over a socket pair, while the caller prepares for them. A socket keeps the namespace in which it was made, so the
+// caller accepts connections from inside with sockets of its own namespace beside them. Packets have no other way out.
 //
 // The command holds no capability and cannot gain any, so it cannot change links, routes or rules. All processes are in a
 // PID namespace whose first process is the helper. It ends when the caller ends, however that happens, and the kernel then
@@ -18,34 +18,35 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
-	"strconv"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/capture"
-	"github.com/pillion-proxy/pillion/iptables/kernel"
+	"github.com/pillion-proxy/pillion/internal/prestart"
 )
 
-// Config describes the command and its network. Path and Arguments are required.
+// Config describes the network.
 type Config struct {
-	Path        string        // of the program
-	Arguments   []string      // with the program's name
-	Environment []string      // variables besides those of the caller, as NAME=value
-	IPv6        bool          // give the namespace an IPv6 address and route, so that programs try IPv6
-	Loopback    capture.Ports // ports of loopback addresses that are captured too
-	Datagrams   bool          // UDP to other ports than DNS's arrives at Sandbox.Packets; otherwise it is rejected
+	IPv6      bool          // give the namespace an IPv6 address and route, so that programs try IPv6
+	Loopback  capture.Ports // ports of loopback addresses that are captured too
+	Datagrams bool          // UDP to other ports than DNS's arrives at Sandbox.Packets; otherwise it is rejected
 
 	// Dropped receives the destination of each datagram that the rules reject. It is called from one goroutine and must
 	// not block. nil: not reported.
 	Dropped func(destination string) `json:"-"`
 }
 
-// Sandbox is a running helper. Make it with Start.
+// Command is what runs in the sandbox. Path and Arguments are required.
+type Command struct {
+	Path        string   // of the program
+	Arguments   []string // with the program's name
+	Environment []string // variables besides those of the caller, as NAME=value
+}
+
+// Sandbox is a running helper. Make it with Start. The sockets are there after Await.
 type Sandbox struct {
 	TCP    []*net.TCPListener // receives captured connections, one for each address family
 	DNS    []*net.UDPConn     // receives captured DNS queries over UDP
@@ -55,11 +56,12 @@ type Sandbox struct {
 	// end of the link has datagram.HardwareAddress.
 	Packets []*os.File
 
-	config  Config
-	ports   []uint16 // of the listeners
-	process *os.Process
-	control *net.UnixConn
-	done    chan struct{} // closed when reading control has ended
+	config     Config
+	privileged bool     // the namespaces are not in a user namespace of their own
+	ports      []uint16 // of the listeners
+	helper     int      // its process ID; 0 when it has been waited for
+	control    *net.UnixConn
+	done       chan struct{} // closed when reading control has ended
 
 	writing sync.Mutex
 
@@ -70,12 +72,13 @@ type Sandbox struct {
 }
 
 // marker is the name under which the helper runs.
-const marker = "pillion-sandbox"
+const marker = prestart.Marker
 
 // message is what caller and helper send each other.
 type message struct {
 	Kind      string
 	Config    *Config  `json:",omitempty"` // of "configure"
+	Command   *Command `json:",omitempty"` // of "start"
 	Text      string   `json:",omitempty"` // of "failed" and "dropped"
 	Errno     int      `json:",omitempty"` // of "failed"
 	Signal    int      `json:",omitempty"` // of "signal"
@@ -98,76 +101,35 @@ type StartError struct {
 func (e *StartError) Error() string { return e.Err.Error() }
 func (e *StartError) Unwrap() error { return e.Err }
 
-// Start makes the namespaces and returns when their network works. The command is not started yet. The calling goroutine
-// stays locked to its thread: the kernel kills the helper when that thread ends.
+// Start makes the namespaces, whose network the helper makes afterwards: see Await. The calling goroutine may stay locked to its
+// thread: the kernel kills the helper when that thread ends.
 func Start(config Config) (*Sandbox, error) {
-	runtime.LockOSThread()
-	own, theirs, err := controlPair()
-	if err != nil {
-		return nil, fmt.Errorf("making a socket pair: %w", err)
+	p := prestart.Start()
+	if p.Err != nil {
+		return nil, refused(fmt.Errorf("making namespaces: %w", p.Err), p.Privileged)
 	}
-	s := &Sandbox{config: config, control: own, done: make(chan struct{}), waiting: make(map[uint64]chan message)}
-	if err := send(own, message{Kind: "configure", Config: &config}); err != nil {
-		own.Close()
-		unix.Close(theirs)
+	control, err := unixConn(p.Control)
+	if err != nil {
+		_ = unix.Kill(p.ID, unix.SIGKILL)
 		return nil, fmt.Errorf("preparing the sandbox: %w", err)
 	}
-	privileged := mayMakeNamespaces()
-	cmd := helper(theirs, privileged)
-	err = cmd.Start()
-	unix.Close(theirs)
-	if err != nil {
-		own.Close()
-		return nil, refused(fmt.Errorf("making namespaces: %w", err), privileged)
+	s := &Sandbox{
+		config: config, privileged: p.Privileged, helper: p.ID, control: control, done: make(chan struct{}), waiting: make(map[uint64]chan message),
 	}
-	s.process = cmd.Process
-	if err := s.awaitReady(privileged); err != nil {
+	if err := s.write(message{Kind: "configure", Config: &config}); err != nil {
 		s.Close()
-		return nil, err
+		return nil, fmt.Errorf("preparing the sandbox: %w", err)
 	}
-	go s.read()
 	return s, nil
 }
 
-// mayMakeNamespaces reports whether the process can make network namespaces without a user namespace.
-func mayMakeNamespaces() bool {
-	const needed = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SETPCAP
-	effective, err := kernel.EffectiveCapabilities()
-	return err == nil && effective&needed == needed
-}
-
-// helper is the command that runs this program as the helper. The descriptor of its control socket is inherited under its
-// own number, so that no descriptor that the command inherits from the caller is replaced.
-func helper(control int, privileged bool) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{marker, strconv.Itoa(control)}
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
-		Pdeathsig:  syscall.SIGKILL,
+// Await returns when the network works. It must be called once. After an error only Close may be called.
+func (s *Sandbox) Await() error {
+	if err := s.awaitReady(); err != nil {
+		return err
 	}
-	if !privileged {
-		attributes := cmd.SysProcAttr
-		attributes.Cloneflags |= unix.CLONE_NEWUSER
-		attributes.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
-		attributes.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
-		attributes.AmbientCaps = []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_SETPCAP, unix.CAP_KILL}
-	}
-	return cmd
-}
-
-// controlPair makes the socket pair. The helper's end is inherited by every process that is started meanwhile.
-func controlPair() (own *net.UnixConn, theirs int, err error) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
-	if err != nil {
-		return nil, 0, err
-	}
-	unix.CloseOnExec(pair[0])
-	if own, err = unixConn(pair[0]); err != nil {
-		unix.Close(pair[1])
-		return nil, 0, err
-	}
-	return own, pair[1], nil
+	go s.read()
+	return nil
 }
 
 // unixConn takes ownership of fd.
@@ -232,7 +194,7 @@ func descriptors(rights []byte) ([]int, error) {
 }
 
 // awaitReady waits for the helper's sockets.
-func (s *Sandbox) awaitReady(privileged bool) error {
+func (s *Sandbox) awaitReady() error {
 	m, files, err := receive(s.control, make([]byte, maxMessage))
 	if err != nil {
 		return fmt.Errorf("starting the sandbox: its first process ended: %w", err)
@@ -242,7 +204,7 @@ func (s *Sandbox) awaitReady(privileged bool) error {
 		if m.Errno != 0 {
 			err = fmt.Errorf("preparing the sandbox: %s: %w", m.Text, unix.Errno(m.Errno))
 		}
-		return refused(err, privileged)
+		return refused(err, s.privileged)
 	}
 	for i, fd := range files {
 		if err := s.adopt(m.Files[i], fd); err != nil {
@@ -372,11 +334,11 @@ func (s *Sandbox) Listening() ([]string, error) {
 
 // Run starts the command and returns its exit status when it has ended: 128 and the number of the signal that ended it. All
 // other processes of the sandbox have ended by then. The error is a StartError if the command could not be started.
-func (s *Sandbox) Run() (status int, err error) {
-	if err := s.write(message{Kind: "start"}); err != nil {
+func (s *Sandbox) Run(command Command) (status int, err error) {
+	if err := s.write(message{Kind: "start", Command: &command}); err != nil {
 		return 0, fmt.Errorf("starting the command: %w", err)
 	}
-	state, err := s.process.Wait()
+	ended, err := s.wait()
 	<-s.done
 	if err != nil {
 		return 0, fmt.Errorf("waiting for the sandbox: %w", err)
@@ -386,10 +348,21 @@ func (s *Sandbox) Run() (status int, err error) {
 	if s.failure != nil {
 		return 0, &StartError{Err: s.failure, Found: !errors.Is(s.failure, unix.ENOENT)}
 	}
-	if wait := state.Sys().(syscall.WaitStatus); wait.Signaled() {
-		return 128 + int(wait.Signal()), nil
+	if ended.Signaled() {
+		return 128 + int(ended.Signal()), nil
 	}
-	return state.ExitCode(), nil
+	return ended.ExitStatus(), nil
+}
+
+// wait returns how the helper ended.
+func (s *Sandbox) wait() (status unix.WaitStatus, err error) {
+	for {
+		_, err = unix.Wait4(s.helper, &status, 0, nil)
+		if err != unix.EINTR {
+			s.helper = 0
+			return status, err
+		}
+	}
 }
 
 // Signal sends a signal to the command.
@@ -397,11 +370,14 @@ func (s *Sandbox) Signal(signal syscall.Signal) error {
 	return s.write(message{Kind: "signal", Signal: int(signal)})
 }
 
-// Close ends every process of the sandbox that is left, and closes the sockets that the caller has not closed.
+// Close ends every process of the sandbox that is left, and closes the sockets that the caller has not closed. It must not be
+// called while Run does its work.
 func (s *Sandbox) Close() {
 	s.control.Close() // the helper ends
-	_ = s.process.Kill()
-	_, _ = s.process.Wait()
+	if s.helper > 0 {
+		_ = unix.Kill(s.helper, unix.SIGKILL)
+		_, _ = s.wait()
+	}
 	for _, l := range append(s.TCP, s.DNSTCP...) {
 		l.Close()
 	}

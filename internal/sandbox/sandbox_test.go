@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -22,17 +23,67 @@ func TestMain(m *testing.M) {
 func TestASignalBeforeTheStartReachesTheCommand(t *testing.T) {
 	nettest.RequireRoot(t)
 	for _, signal := range []unix.Signal{unix.SIGTERM, unix.SIGUSR1} {
-		s, err := Start(Config{Path: "/bin/sleep", Arguments: []string{"sleep", "100"}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(s.Close)
+		s := started(t)
 		if err := s.Signal(signal); err != nil {
 			t.Fatal(err)
 		}
-		if status, err := s.Run(); status != 128+int(signal) || err != nil {
+		if err := s.Await(); err != nil {
+			t.Fatal(err)
+		}
+		if status, err := s.Run(Command{Path: "/bin/sleep", Arguments: []string{"sleep", "100"}}); status != 128+int(signal) || err != nil {
 			t.Errorf("after %v: status %d, %v", signal, status, err)
 		}
+	}
+}
+
+// A terminal sends its signals to the helper as well. The command has the default actions of them.
+func TestTheHelperOutlivesSignals(t *testing.T) {
+	nettest.RequireRoot(t)
+	s := started(t)
+	if err := s.Await(); err != nil {
+		t.Fatal(err)
+	}
+	for _, signal := range []unix.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGHUP, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2} {
+		if err := unix.Kill(s.helper, signal); err != nil {
+			t.Fatal(err)
+		}
+	}
+	status, err := s.Run(Command{Path: "/bin/sh", Arguments: []string{"sh", "-c", "kill -QUIT $$"}})
+	if status != 128+int(unix.SIGQUIT) || err != nil {
+		t.Errorf("status %d, %v", status, err)
+	}
+}
+
+func started(t *testing.T) *Sandbox {
+	t.Helper()
+	s, err := Start(Config{IPv6: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+// A caller that fails meanwhile does not wait for the network.
+func TestClosingEndsAHelperAtWork(t *testing.T) {
+	nettest.RequireRoot(t)
+	s := started(t)
+	helper := s.helper
+	s.Close()
+	if err := unix.Kill(helper, 0); err != unix.ESRCH {
+		t.Errorf("process %d after Close: %v", helper, err)
+	}
+}
+
+func TestAHelperThatEndsIsReported(t *testing.T) {
+	nettest.RequireRoot(t)
+	s := started(t)
+	if err := unix.Kill(s.helper, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	const want = "starting the sandbox: its first process ended"
+	if err := s.Await(); err == nil || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("Await = %v, want %s", err, want)
 	}
 }
 
