@@ -25,12 +25,13 @@ MAX_BINARY ?= 15650000
 # Packages that carry no traffic. They are compiled without inlining, because their copies of small functions are 0.7 MB.
 COLD := ./agent ./cmd/... ./healthz ./iptables/... ./run \
 	$(addprefix ./internal/,admin capture cel certview checklist commandline configdump configview controlplane datagram dns edge \
-		export identity istiod jwks localaddr logring netns ownport podinfo preflight probe promtext proxyconfig sandbox scrape \
-		status terminal xds) \
-	archive/tar compress/flate crypto/ecdsa crypto/ed25519 crypto/elliptic crypto/rsa crypto/x509 encoding/asn1 encoding/hex \
-	encoding/json encoding/pem fmt html log/slog math/big mime net net/http net/textproto net/url \
-	reflect regexp/syntax runtime/pprof text/... \
-	github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... github.com/spf13/...
+		export identity istiod jwks localaddr logring netns ownport podinfo preflight prestart probe promtext proxyconfig \
+		sandbox scrape status terminal xds) \
+	archive/tar compress/flate compress/gzip crypto/ecdsa crypto/ed25519 crypto/elliptic crypto/rsa crypto/x509 encoding/asn1 \
+	encoding/hex encoding/json encoding/pem flag fmt html io/fs log log/slog math/big mime mime/multipart net net/http net/textproto \
+	net/url os/exec os/signal path/filepath reflect regexp/syntax runtime/pprof text/... \
+	github.com/coreos/... github.com/go-jose/go-jose/v4/... github.com/google/nftables/... github.com/mdlayher/... \
+	github.com/spf13/... github.com/vishvananda/...
 
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)" $(COLD:%=-gcflags=%=-l)
 TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test -buildvcs=false -race -count=1 -json
