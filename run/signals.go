@@ -18,7 +18,7 @@ func surviveClosedOutput() { signal.Notify(make(chan os.Signal, 1), syscall.SIGP
 
 // forwardSignals sends signals on to the command until stop is called. A terminal sends its signals to the command as well,
 // which is in the same process group: those are not sent on. A signal that the caller ignores stays ignored. Before the command
-// is started, signals have their default action.
+// is started, a signal that ends processes ends this one; the others wait for the command.
 func (r *run) forwardSignals() (stop func()) {
 	terminal := sandbox.OpenTerminal()
 	caught := make(chan os.Signal, 16)
@@ -30,7 +30,10 @@ func (r *run) forwardSignals() (stop func()) {
 	var forwarding sync.WaitGroup
 	forwarding.Go(func() {
 		for s := range caught {
-			if !r.running.Load() {
+			if ends := s != syscall.SIGUSR1 && s != syscall.SIGUSR2; ends && !r.running.Load() {
+				if s == syscall.SIGQUIT { // Go would print its goroutines
+					os.Exit(128 + int(syscall.SIGQUIT))
+				}
 				signal.Reset(s)
 				_ = syscall.Kill(os.Getpid(), s.(syscall.Signal))
 				continue

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/signal"
@@ -174,11 +175,14 @@ func (h *inside) serve() {
 	for {
 		m, _, err := receive(h.control, buffer)
 		if err != nil {
+			if err != io.EOF { // such as a message that is too long
+				h.fail(failed("reading an order", err))
+			}
 			os.Exit(1)
 		}
 		switch m.Kind {
 		case "start":
-			h.orders <- *m.Command
+			h.orders <- m.Command.command()
 		case "signal":
 			h.signal(unix.Signal(m.Signal))
 		case "socket":
@@ -253,7 +257,6 @@ func (h *inside) startCommand() (pid int, err error) {
 		defer close(done)
 		dropped := dropCapabilities()
 		command := <-h.orders
-		defer func() { err = failed(command.Arguments[0], err) }()
 		if err = cmp.Or(protected, dropped); err != nil {
 			return
 		}
@@ -261,6 +264,7 @@ func (h *inside) startCommand() (pid int, err error) {
 		defer h.starting.Unlock()
 		pid, err = syscall.ForkExec(command.Path, command.Arguments, &syscall.ProcAttr{Env: command.environment(), Files: []uintptr{0, 1, 2}})
 		if err != nil {
+			err = failed(command.Arguments[0], err)
 			return
 		}
 		h.command = pid

@@ -46,6 +46,34 @@ type Command struct {
 	Environment []string // variables besides those of the caller, as NAME=value
 }
 
+// order is a Command as a message has it. Names of files and arguments may have any bytes, and a string of JSON may not.
+type order struct {
+	Path                   []byte
+	Arguments, Environment [][]byte
+}
+
+func orderOf(c *Command) *order {
+	return &order{[]byte(c.Path), inBytes(c.Arguments), inBytes(c.Environment)}
+}
+
+func (o *order) command() Command {
+	return Command{string(o.Path), inStrings(o.Arguments), inStrings(o.Environment)}
+}
+
+func inBytes(texts []string) (all [][]byte) {
+	for _, text := range texts {
+		all = append(all, []byte(text))
+	}
+	return all
+}
+
+func inStrings(texts [][]byte) (all []string) {
+	for _, text := range texts {
+		all = append(all, string(text))
+	}
+	return all
+}
+
 // Sandbox is a running helper. Make it with Start. The sockets are there after Await.
 type Sandbox struct {
 	TCP    []*net.TCPListener // receives captured connections, one for each address family
@@ -78,7 +106,7 @@ const marker = prestart.Marker
 type message struct {
 	Kind      string
 	Config    *Config  `json:",omitempty"` // of "configure"
-	Command   *Command `json:",omitempty"` // of "start"
+	Command   *order   `json:",omitempty"` // of "start"
 	Text      string   `json:",omitempty"` // of "failed" and "dropped"
 	Errno     int      `json:",omitempty"` // of "failed"
 	Signal    int      `json:",omitempty"` // of "signal"
@@ -118,6 +146,9 @@ func Start(config Config) (*Sandbox, error) {
 	}
 	if err := s.write(message{Kind: "configure", Config: &config}); err != nil {
 		s.Close()
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+			return nil, firstEnded(err)
+		}
 		return nil, fmt.Errorf("preparing the sandbox: %w", err)
 	}
 	return s, nil
@@ -193,11 +224,15 @@ func descriptors(rights []byte) ([]int, error) {
 	return files, nil
 }
 
+func firstEnded(err error) error {
+	return fmt.Errorf("starting the sandbox: its first process ended: %w", err)
+}
+
 // awaitReady waits for the helper's sockets.
 func (s *Sandbox) awaitReady() error {
 	m, files, err := receive(s.control, make([]byte, maxMessage))
 	if err != nil {
-		return fmt.Errorf("starting the sandbox: its first process ended: %w", err)
+		return firstEnded(err)
 	}
 	if m.Kind != "ready" {
 		err := fmt.Errorf("preparing the sandbox: %s", m.Text)
@@ -258,7 +293,9 @@ func (s *Sandbox) read() {
 			}
 		case "failed":
 			s.mu.Lock()
-			s.failure = fmt.Errorf("%s: %w", m.Text, unix.Errno(m.Errno))
+			if s.failure = errors.New(m.Text); m.Errno != 0 {
+				s.failure = fmt.Errorf("%s: %w", m.Text, unix.Errno(m.Errno))
+			}
 			s.mu.Unlock()
 		default:
 			s.reply(m, files)
@@ -335,7 +372,7 @@ func (s *Sandbox) Listening() ([]string, error) {
 // Run starts the command and returns its exit status when it has ended: 128 and the number of the signal that ended it. All
 // other processes of the sandbox have ended by then. The error is a StartError if the command could not be started.
 func (s *Sandbox) Run(command Command) (status int, err error) {
-	if err := s.write(message{Kind: "start", Command: &command}); err != nil {
+	if err := s.write(message{Kind: "start", Command: orderOf(&command)}); err != nil {
 		return 0, fmt.Errorf("starting the command: %w", err)
 	}
 	ended, err := s.wait()

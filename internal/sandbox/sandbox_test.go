@@ -36,6 +36,22 @@ func TestASignalBeforeTheStartReachesTheCommand(t *testing.T) {
 	}
 }
 
+// Names of files, arguments and variables may have any bytes but zero.
+func TestArgumentsOfAnyBytes(t *testing.T) {
+	nettest.RequireRoot(t)
+	s := started(t)
+	if err := s.Await(); err != nil {
+		t.Fatal(err)
+	}
+	status, err := s.Run(Command{
+		Path: "/bin/sh", Environment: []string{"ODD=\xe9<"},
+		Arguments: []string{"sh", "-c", `test "$1$ODD" = "$(printf '\377\351<')" && test "$#" = 2 && test -z "$2"`, "sh", "\xff", ""},
+	})
+	if status != 0 || err != nil {
+		t.Errorf("status %d, %v", status, err)
+	}
+}
+
 // A terminal sends its signals to the helper as well. The command has the default actions of them.
 func TestTheHelperOutlivesSignals(t *testing.T) {
 	nettest.RequireRoot(t)
