@@ -142,11 +142,18 @@ func (h *harFile) add(text string) (err error) {
 		_, err = h.file.WriteString(text)
 		return err
 	}
-	if err = h.seek(); err == nil {
-		_, err = h.file.WriteString(text + harEnd)
+	if err = h.seek(); err != nil {
+		return err
+	}
+	if _, err = h.file.WriteString(text + harEnd); err != nil { // such as for want of space: a part may be written
+		if h.seek() == nil {
+			_, _ = h.file.WriteString(harEnd)
+			_ = h.file.Truncate(h.length + int64(len(harEnd)))
+		}
+		return err
 	}
 	h.length += int64(len(text))
-	return err
+	return nil
 }
 
 // seek moves to the end of the entries. Pipes have no place to move to.

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -234,7 +235,45 @@ func TestArchivesAreComplete(t *testing.T) {
 	verify(<-received, 3)
 }
 
-// A command may connect to more hosts than are remembered. The last ones are.
+// An entry for which there is no space leaves the archive as it was.
+func TestAnArchiveOutlivesAFullDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "all.har")
+	h, err := openHAR(path, "1", 0, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.close()
+	if err := h.write(&event{har: &harEntry{Comment: "first"}}); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	signal.Ignore(syscall.SIGXFSZ)
+	defer signal.Reset(syscall.SIGXFSZ)
+	full := limit
+	full.Cur = uint64(len(before) + 100)
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &full); err != nil {
+		t.Fatal(err)
+	}
+	err = h.write(&event{har: &harEntry{Comment: strings.Repeat("second", 100)}})
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, syscall.EFBIG) {
+		t.Errorf("error %v", err)
+	}
+	if after, err := os.ReadFile(path); err != nil || string(after) != string(before) {
+		t.Errorf("%v:\n%s\nbefore:\n%s", err, after, before)
+	}
+}
+
+// A command may connect to more hosts than are remembered. One of the others is forgotten for each.
 func TestTheLastHostsAreRemembered(t *testing.T) {
 	ca, err := newAuthority()
 	if err != nil {
