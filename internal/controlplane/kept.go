@@ -206,28 +206,31 @@ func parseKeptResource(m wire.Message) (xds.Type, xds.Resource) {
 }
 
 // Run saves the resources of a store after they changed, until ctx ends. A push is saved once, and many pushes at most
-// once a minute. Restored resources are not saved before the control plane has answered: they keep their age. The first
-// push is saved when it is whole: a part of it would not start an agent.
+// once a minute. Restored resources are not saved before the control plane has answered: they keep their age. A
+// push is saved when it is whole, because a part of it may not start an agent, or when it has not become so for warmingTimeout.
 func (k *Kept) Run(ctx context.Context, s *Store, log *slog.Logger) {
 	timer := time.NewTimer(keptRenewal)
 	defer timer.Stop()
-	var last time.Time
+	var last, since time.Time // since: of the first change that is not saved
 	due := false
+	whole := func() bool {
+		return s.Whole() || s.Snapshot() != nil && time.Since(since) >= warmingTimeout
+	}
 	for {
 		select {
 		case <-s.Changes():
 			if !due {
-				due = true
+				due, since = true, time.Now()
 				timer.Reset(max(keptSettle, time.Until(last.Add(keptInterval))))
 			}
 			continue
 		case <-timer.C:
-			if due && s.Snapshot() == nil {
+			if due && !whole() {
 				timer.Reset(keptSettle)
 				continue
 			}
 		case <-ctx.Done():
-			if due && s.Snapshot() != nil {
+			if due && whole() {
 				k.save(s, log)
 			}
 			return

@@ -216,6 +216,8 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := quietStore(t)
 		takeAll(t, s, pushtest.Sidecar())
+		s.Update(update(xds.Clusters, cluster("web", "web", "")))
+		s.Update(update(xds.Endpoints, assignment("web", "198.51.100.1")))
 		<-s.Changes()
 		k := &Kept{Path: filepath.Join(dir, "kept")}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -272,6 +274,48 @@ func TestTheFirstPushIsSavedWhenItIsWhole(t *testing.T) {
 		time.Sleep(2*keptSettle + time.Second)
 		if !k.Restore(quietStore(t), slog.New(slog.DiscardHandler)) {
 			t.Error("the whole push was not saved soon")
+		}
+		cancel()
+		<-done
+	})
+}
+
+// A part of a push is not saved over a whole configuration, unless it stays a part.
+func TestALaterPushIsSavedWhenItIsWhole(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s := quietStore(t)
+		takeAll(t, s, pushtest.Sidecar())
+		k := &Kept{Path: filepath.Join(dir, "kept")}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		start := time.Now()
+		saved := func() time.Duration {
+			_, at, err := k.Load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return at.Sub(start)
+		}
+		time.Sleep(2 * keptInterval)
+		first := saved()
+		s.Update(update(xds.Clusters, cluster("web", "web", "1")))
+		time.Sleep(4 * keptSettle)
+		if got := saved(); got != first {
+			t.Errorf("a cluster without its endpoints was saved after %v", got)
+		}
+		s.Update(update(xds.Endpoints, assignment("web", "198.51.100.1")))
+		time.Sleep(2 * keptSettle)
+		whole := saved()
+		if whole == first {
+			t.Error("the whole push was not saved soon")
+		}
+		time.Sleep(2 * keptInterval)
+		s.Update(update(xds.Clusters, cluster("other", "other", "1")))
+		time.Sleep(warmingTimeout + 2*keptSettle)
+		if saved() == whole {
+			t.Error("a push that does not become whole was never saved")
 		}
 		cancel()
 		<-done

@@ -161,6 +161,13 @@ func NewStore(config StoreConfig) (*Store, error) {
 // Snapshot returns what is in force. It returns nil before the store is initialized.
 func (s *Store) Snapshot() *mesh.Snapshot { return s.snapshot.Load() }
 
+// Whole reports whether the store is initialized and no resource waits for another one, as in the middle of a push.
+func (s *Store) Whole() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Snapshot() != nil && s.pending == 0
+}
+
 // Initialized returns a channel that is closed when the first clusters are in force with their endpoints, and the first
 // listeners with their routes, or 15 s after the first listeners came.
 func (s *Store) Initialized() <-chan struct{} { return s.initialized }
