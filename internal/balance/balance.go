@@ -79,12 +79,16 @@ func (b *Balancer) Close() {
 func (b *Balancer) Cluster(s *mesh.Snapshot, config *mesh.Cluster) *Cluster {
 	hosts := s.Hosts(config)
 	c := (*b.clusters.Load())[config.Name]
-	if c != nil {
-		if v := c.view.Load(); v.config == config && v.source == hosts {
-			return c
-		}
+	if c != nil && c.Follows(config, hosts) {
+		return c
 	}
 	return b.renew(c, config, hosts)
+}
+
+// Follows reports whether the state is that of a configuration with its hosts.
+func (c *Cluster) Follows(config *mesh.Cluster, hosts *mesh.Assignment) bool {
+	v := c.view.Load()
+	return v.config == config && v.source == hosts
 }
 
 // Follow brings the clusters that have been used up to date with the configuration in force, without waiting for a request.

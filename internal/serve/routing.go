@@ -59,15 +59,17 @@ type lookup struct {
 	snapshot *mesh.Snapshot
 	name     string
 	config   *mesh.Cluster    // nil: there is none
+	hosts    *mesh.Assignment // of config
 	state    *balance.Cluster // nil: there is none, or it is refused
 }
 
-// cluster looks a cluster up, unless the request before had the same one.
+// cluster looks a cluster up, unless the request before had the same one. The balancer may have gone on to another snapshot
+// meanwhile, or back to one before.
 func (r *routing) cluster(s *mesh.Snapshot, name string) *mesh.Cluster {
-	if l := &r.last; l.snapshot != s || l.name != name {
+	if l := &r.last; l.snapshot != s || l.name != name || l.state != nil && !l.state.Follows(l.config, l.hosts) {
 		*l = lookup{snapshot: s, name: name, config: s.Cluster(name)}
 		if l.config != nil && !l.config.Refused {
-			l.state = r.role.balancer.Cluster(s, l.config)
+			l.hosts, l.state = s.Hosts(l.config), r.role.balancer.Cluster(s, l.config)
 		}
 	}
 	return r.last.config

@@ -90,6 +90,46 @@ func TestARetryIsRoutedByItsOwnBytes(t *testing.T) {
 	}
 }
 
+// The state of a cluster may be that of another snapshot than the one whose lookup is remembered: a goroutine that has read an
+// older one brings it back. The next request brings it up to date.
+func TestARememberedClusterFollowsItsSnapshot(t *testing.T) {
+	r := newTestRouting(t)
+	p := r.role.mesh.(*plane)
+	before := p.Snapshot()
+	q := &httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)}
+	address := func() netip.AddrPort {
+		t.Helper()
+		d := r.Route(q)
+		if d.Lease == nil {
+			t.Fatalf("%+v", d)
+		}
+		d.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+		return d.Target.Address
+	}
+	address()
+	edit, moved := before.Edit(), netip.MustParseAddrPort("203.0.113.9:80")
+	names := []string{"v1", "v2"}
+	for _, name := range names {
+		l := mesh.Locality{Endpoints: []mesh.Endpoint{{Address: moved, Weight: 1, TLSMode: "istio"}}}
+		edit.SetAssignment(name, &mesh.Assignment{Name: name, Localities: []mesh.Locality{l}})
+	}
+	after, _ := edit.Snapshot()
+	for range 100 {
+		p.current.Store(after)
+		if got := address(); got != moved {
+			t.Fatalf("after the push: %v", got)
+		}
+		p.current.Store(before)
+		for _, name := range names {
+			r.role.balancer.Cluster(before, before.Cluster(name))
+		}
+		p.current.Store(after)
+		if got := address(); got != moved {
+			t.Fatalf("after a state that went back: %v", got)
+		}
+	}
+}
+
 // A request may ask for any number of retries. What is remembered of them are the last endpoints.
 func TestRetriesRememberTheLastEndpoints(t *testing.T) {
 	r := newTestRouting(t)
