@@ -238,6 +238,54 @@ func TestKeysRotateUnderLoad(t *testing.T) {
 	asked("the old key is gone", 3)
 }
 
+// overtaken has the keys change behind the back of the token that reads them first.
+type overtaken struct {
+	*Store
+	change func()
+}
+
+func (o *overtaken) Keys(from *mesh.RemoteKeys) (keys *jwt.KeySet, known bool) {
+	keys, known = o.Store.Keys(from)
+	if change := o.change; change != nil {
+		o.change = nil
+		change()
+	}
+	return keys, known
+}
+
+// Keys may be fetched while a token is checked with the ones before. They are too recent then to be fetched again.
+func TestATokenIsCheckedWithKeysThatHaveComeMeanwhile(t *testing.T) {
+	issuer := new(rotating)
+	server := httptest.NewServer(issuer)
+	defer server.Close()
+	s, clock, _ := storeOf(t, cluster("c", address(server)))
+	from := remote("c", "/")
+	f, older, newer := filterOf(from), newSigner(t, "older"), newSigner(t, "newer")
+	issuer.put(setOf(older))
+	if got := judge(s, f, older.token(t)); got != "" {
+		t.Fatal(got)
+	}
+	issuer.put(setOf(older, newer))
+	clock.advance(renewalPause)
+	o := &overtaken{Store: s, change: func() {
+		if !s.Renew(from) {
+			t.Fatal("the keys are not fetched")
+		}
+		if fetched := s.Fetched(from); fetched != nil {
+			<-fetched
+		}
+	}}
+	r := &route.Request{Method: []byte("GET"), Scheme: []byte("http"), Authority: []byte("web"), Path: []byte("/"), Fields: bearer(newer.token(t))}
+	if result := f.Check(r, jwt.ByRules, time.Now(), o); result.Awaited != nil || result.Reply != nil {
+		t.Errorf("awaited %v, reply %+v", result.Awaited, result.Reply)
+	}
+	stray := newSigner(t, "stray").token(t)
+	r.Fields = bearer(stray)
+	if result := f.Check(r, jwt.ByRules, time.Now(), o); result.Reply == nil || result.Reply.Details != noKey {
+		t.Errorf("another key: awaited %v, reply %+v", result.Awaited, result.Reply)
+	}
+}
+
 // The last good keys stay in force for twice the time that they are kept while fetches fail; then no token is accepted. With the
 // server's recovery they are.
 func TestKeysStayWhileFetchesFail(t *testing.T) {

@@ -129,8 +129,13 @@ func (p *provider) verify(text string, audiences []string, now time.Time, remote
 		}
 	}
 	failure = checkSignature(t, keys)
-	if failure == noKey && p.keys == nil && t.jws.Signatures[0].Protected.KeyID != "" && remote.Renew(p.source.Remote) {
-		failure = awaited
+	if failure == noKey && p.keys == nil && t.jws.Signatures[0].Protected.KeyID != "" {
+		if remote.Renew(p.source.Remote) {
+			return t, awaited
+		}
+		if newer, _ := remote.Keys(p.source.Remote); newer != nil && newer != keys { // they have come meanwhile
+			failure = checkSignature(t, newer)
+		}
 	}
 	return t, failure
 }
