@@ -115,7 +115,7 @@ clean: ## remove what build and the tests leave in this directory
 ##@ Test
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
-	others=$$($(GO) list ./... | grep -v $(DRIVEN:./%=-e /%$$)); { $(TEST) -vet=off -timeout 15m $$others || failed=1; $(PLAIN) -vet=off -timeout 10m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	others=$$($(GO) list ./... | grep -v $(DRIVEN:./%=-e /%$$)); { $(TEST) -vet=off -timeout 25m $$others || failed=1; $(PLAIN) -vet=off -timeout 10m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
@@ -133,7 +133,7 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 
 .PHONY: e2e
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
-	{ $(TEST) -timeout 15m -run '$(RUN)' ./e2e ./e2e/pods || failed=1; $(PLAIN) -timeout 10m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	{ $(TEST) -timeout 25m -run '$(RUN)' ./e2e ./e2e/pods || failed=1; $(PLAIN) -timeout 10m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-pods
 test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)
