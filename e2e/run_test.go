@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -382,6 +383,9 @@ func children(t testing.TB, pid int) (all []int) {
 
 // A signal to pillion reaches the command, and the command decides.
 func TestRunForwardsSignals(t *testing.T) {
+	caught := make(chan os.Signal, 1) // nohup has SIGHUP ignored, also for children
+	signal.Notify(caught, syscall.SIGHUP)
+	defer signal.Stop(caught)
 	eachCaller(t, func(t *testing.T, c *caller) {
 		for _, s := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1} {
 			cmd := c.command("--", "sh", "-c", "trap 'echo caught; exit 9' TERM INT HUP USR1; echo ready; while :; do sleep 0.01; done")
@@ -398,6 +402,7 @@ func TestRunForwardsSignals(t *testing.T) {
 				t.Fatal(err)
 			}
 			p.Signal(s)
+			out.SetReadDeadline(time.Now().Add(nettest.Patience))
 			rest, _ := io.ReadAll(out)
 			if status, err := p.Wait(nettest.Patience); status != 9 || string(rest) != "caught\n" {
 				t.Errorf("%v: exit status %d, %v, output %q", s, status, err, rest)
