@@ -211,6 +211,14 @@ func TestWhatCannotBeWrittenLeavesNothing(t *testing.T) {
 	}
 }
 
+// saving saves the store's resources until stop is called.
+func saving(t *testing.T, k *Kept, s *Store) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+	return func() { cancel(); <-done }
+}
+
 func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -220,9 +228,7 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 		s.Update(update(xds.Endpoints, assignment("web", "198.51.100.1")))
 		<-s.Changes()
 		k := &Kept{Path: filepath.Join(dir, "kept")}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan struct{})
-		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		stop := saving(t, k, s)
 		start := time.Now()
 		var writes []time.Duration
 		var last time.Time
@@ -235,8 +241,7 @@ func TestManyPushesAreSavedOnceAMinute(t *testing.T) {
 				writes = append(writes, time.Since(start))
 			}
 		}
-		cancel()
-		<-done
+		stop()
 		if want := []time.Duration{2 * time.Second, 62 * time.Second, 122 * time.Second}; !slices.Equal(writes, want) {
 			t.Errorf("written after %v, want %v", writes, want)
 		}
@@ -253,30 +258,21 @@ func TestTheFirstPushIsSavedWhenItIsWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := quietStore(t)
 		k := &Kept{Path: filepath.Join(dir, "kept")}
-		run := func(ctx context.Context) chan struct{} {
-			done := make(chan struct{})
-			go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
-			return done
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := run(ctx)
+		stop := saving(t, k, s)
 		push := pushtest.Sidecar()
 		takeAll(t, s, push[:1])
 		time.Sleep(2 * keptInterval)
-		cancel()
-		<-done
+		stop()
 		if _, _, err := k.Load(); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("a part was saved, error %v", err)
 		}
-		ctx, cancel = context.WithCancel(t.Context())
-		done = run(ctx)
+		stop = saving(t, k, s)
 		takeAll(t, s, push[1:])
 		time.Sleep(2*keptSettle + time.Second)
 		if !k.Restore(quietStore(t), slog.New(slog.DiscardHandler)) {
 			t.Error("the whole push was not saved soon")
 		}
-		cancel()
-		<-done
+		stop()
 	})
 }
 
@@ -287,9 +283,7 @@ func TestALaterPushIsSavedWhenItIsWhole(t *testing.T) {
 		s := quietStore(t)
 		takeAll(t, s, pushtest.Sidecar())
 		k := &Kept{Path: filepath.Join(dir, "kept")}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan struct{})
-		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		stop := saving(t, k, s)
 		start := time.Now()
 		saved := func() time.Duration {
 			_, at, err := k.Load()
@@ -317,8 +311,7 @@ func TestALaterPushIsSavedWhenItIsWhole(t *testing.T) {
 		if saved() == whole {
 			t.Error("a push that does not become whole was never saved")
 		}
-		cancel()
-		<-done
+		stop()
 	})
 }
 
@@ -344,9 +337,7 @@ func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
 		if !k.Restore(s, slog.New(slog.DiscardHandler)) {
 			t.Fatal("not restored")
 		}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan struct{})
-		go func() { k.Run(ctx, s, slog.New(slog.DiscardHandler)); close(done) }()
+		stop := saving(t, k, s)
 		time.Sleep(20*time.Hour + time.Minute)
 		if got := age(); got != 0 {
 			t.Errorf("without the control plane it is from %v", got)
@@ -356,8 +347,7 @@ func TestAConfigurationIsAsOldAsTheLastContact(t *testing.T) {
 		if got := age(); got != 21*time.Hour {
 			t.Errorf("with the control plane it is from %v", got)
 		}
-		cancel()
-		<-done
+		stop()
 	})
 }
 
