@@ -163,8 +163,8 @@ mutate: modules ## N mutants of PACKAGES, chosen by SEED: lists those that no te
 	$(GO) run -buildvcs=false ./scripts/mutate -n $(N) -seed $(SEED) $(PACKAGES)
 
 .PHONY: bench
-bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 7 minutes
-	$(GO) test -buildvcs=false -count=1 -timeout 15m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
+bench: tools-bench ## the figures: pillion beside haproxy, net/http and a plain relay, in 7 to 20 minutes
+	$(GO) test -buildvcs=false -count=1 -timeout 30m -run '^$$' -bench Figures -benchtime 1x ./e2e/bench
 
 .PHONY: hostility
 hostility: tools-bench ## attacks on the agent in 128 MiB: its memory, and the latencies of another client, in 15 minutes
