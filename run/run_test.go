@@ -274,7 +274,7 @@ func TestAnArchiveOutlivesAFullDisk(t *testing.T) {
 }
 
 // A command may connect to more hosts than are remembered. One of the others is forgotten for each.
-func TestTheLastHostsAreRemembered(t *testing.T) {
+func TestHostsBeyondTheBoundAreRemembered(t *testing.T) {
 	ca, err := newAuthority()
 	if err != nil {
 		t.Fatal(err)

@@ -97,7 +97,7 @@ func (c *Conn) permitted(next httpforward.Router, to *upstream.Target) httpforwa
 	}
 }
 
-// Route implements httpforward.Router. A lookup may block the connection, for 2 s at most.
+// Route implements httpforward.Router. A lookup may block the connection, for 5 s at most.
 func (p *permit) Route(r *httpforward.Request) httpforward.Decision {
 	proxied := proxied(r)
 	version := p.policy.Version()
