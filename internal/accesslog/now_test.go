@@ -22,6 +22,16 @@ func blockingPipe(t *testing.T) (r, w *os.File) {
 	return r, w
 }
 
+// pipesTakeNow reports whether pipes take writes that must not wait. Those of qemu-user do not: it knows no pwritev2.
+func pipesTakeNow(t *testing.T) bool {
+	_, w := blockingPipe(t)
+	n, able := writeNow(w, []byte("line\n"))
+	if able && n != 5 {
+		t.Errorf("an empty pipe took %d of 5 bytes", n)
+	}
+	return able
+}
+
 func TestAPipeTakesAtOnceWhatItHasRoomFor(t *testing.T) {
 	r, w := blockingPipe(t)
 	size, err := unix.FcntlInt(r.Fd(), unix.F_GETPIPE_SZ, 0)
@@ -53,7 +63,7 @@ func TestOtherSinksTakeWritesAtOnceOrAreWrittenOtherwise(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer null.Close()
-	if n, able := writeNow(null, []byte("line\n")); n != 5 || !able {
+	if n, able := writeNow(null, []byte("line\n")); able != pipesTakeNow(t) || able && n != 5 {
 		t.Errorf("/dev/null took %d of 5 bytes, able: %v", n, able)
 	}
 	path := filepath.Join(t.TempDir(), "log")
