@@ -25,7 +25,7 @@ import (
 type Config struct {
 	Ports        Ports
 	Gateway      bool         // accept connections at the listeners of the control plane, and capture no traffic
-	Edge         *edge.Source // likewise, at the listeners of this in the place of a control plane; nil: there is none
+	Edge         *edge.Source // likewise, at the listeners of this in the place of a control plane; may be nil
 	Interception Interception
 	Connections  Connections
 	HTTP         HTTP

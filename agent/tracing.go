@@ -10,7 +10,7 @@ import (
 
 // spans is the tracing of requests.
 type spans struct {
-	policy    *tracing.Policy   // of Config.Tracing; nil: there is none
+	policy    *tracing.Policy   // of Config.Tracing; may be nil
 	exporters tracing.Exporters // that a control plane asks for
 	counts    export.Counts
 }

@@ -22,7 +22,7 @@ import (
 
 // answering is a server of external authorization, by HTTP and by gRPC.
 type answering struct {
-	change func(*mesh.Cluster) // of its cluster; nil: none
+	change func(*mesh.Cluster) // of its cluster; may be nil
 
 	cluster    string           // in the filter; empty: the server's
 	raw        func(net.Conn)   // serves connections; nil: http and grpc do

@@ -33,7 +33,7 @@ type Config struct {
 	Flows        *flow.Table        // lists open connections and takes their records when they end
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
-	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
+	Mesh         serve.Mesh         // the configuration of a control plane; may be nil
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters whose servers are asked about requests; nil: they have no endpoints
 	Log          *slog.Logger       // nil: not logged
@@ -41,7 +41,7 @@ type Config struct {
 	Rejudge      bool               // a connection of bytes ends when a changed policy of Mesh denies it
 	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Recorder     serve.Recorder     // of access logs, likewise
-	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
+	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; may be nil
 }
 
 // Addresses distinguishes this workload's own addresses from others.

@@ -31,14 +31,14 @@ type Config struct {
 	Settings     serve.Settings     // until the first Apply
 	HTTP         httpforward.Config // the pool, and the limits on what a peer may send; New sets the other fields
 	Egress       serve.Egress       // the policy for destinations; nil: all are allowed
-	Faults       fault.Set          // on purpose; nil: none
+	Faults       fault.Set          // on purpose; may be nil
 	Decryption   serve.Decryption   // of TLS; nil: none is decrypted
-	Mesh         serve.Mesh         // the configuration of a control plane; nil: there is none
+	Mesh         serve.Mesh         // the configuration of a control plane; may be nil
 	Wait         time.Duration      // how long connections are held for the first configuration of Mesh
 	Lookup       balance.Lookup     // resolves the names of Mesh's clusters; nil: they have no endpoints
 	Tracing      *tracing.Exporters // of spans, as Mesh configures them; nil: it is not followed
 	Recorder     serve.Recorder     // of access logs, likewise
-	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; nil: there is none
+	Peers        *peers.Exchange    // of metadata with other proxies of Mesh; may be nil
 }
 
 // Addresses distinguishes this workload's own addresses from others.

@@ -64,7 +64,7 @@ type agentOptions struct {
 	recent        logring.Ring  // the last lines of the log
 
 	asSidecar   bool           // started as Istio's sidecar
-	proxyConfig map[string]any // Istio's ProxyConfig; nil: there is none
+	proxyConfig map[string]any // Istio's ProxyConfig; may be nil
 	volumes     string         // below which the injector's volumes are mounted; empty: the root directory
 }
 

@@ -66,7 +66,7 @@ type meshPod struct {
 	kept      string // what the agent keeps
 
 	program string // the agent's
-	enter   string // a command of the shell before it; empty: none
+	enter   string // a command of the shell before it; may be empty
 }
 
 func newMeshPod(t testing.TB, k *kit, programs controlPrograms) *meshPod {

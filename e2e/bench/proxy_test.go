@@ -18,7 +18,7 @@ import (
 // proxy is a running contender.
 type proxy struct {
 	pid int
-	far *proxy // the same one in the peer, whose CPU time is added; nil: there is none
+	far *proxy // the same one in the peer, whose CPU time is added; may be nil
 }
 
 // cpu returns the user and system time of the process, including ended threads. It reads the process's CPU clock, in

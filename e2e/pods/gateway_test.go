@@ -198,7 +198,7 @@ type told struct {
 	to  *pod
 	two bool
 	end atomic.Bool  // it is announced
-	cut atomic.Value // error of reading that the client has not caused; nil: none
+	cut atomic.Value // error of reading that the client has not caused; may be nil
 
 	head []byte // of the frame that is being read
 	rest int    // of its payload

@@ -22,7 +22,7 @@ func blockingPipe(t *testing.T) (r, w *os.File) {
 	return r, w
 }
 
-// pipesTakeNow reports whether pipes take writes that must not wait. Those of qemu-user do not: it knows no pwritev2.
+// pipesTakeNow reports whether pipes take writes that must not wait. Those of qemu-user, which lacks pwritev2, do not.
 func pipesTakeNow(t *testing.T) bool {
 	_, w := blockingPipe(t)
 	n, able := writeNow(w, []byte("line\n"))

@@ -31,7 +31,7 @@ const (
 // Options are how a handshake is made.
 type Options struct {
 	Address    string        // host:port
-	ServerName string        // SNI; empty: none
+	ServerName string        // SNI; may be empty
 	ALPN       []string      // empty: none
 	Expect     string        // a name that the server's certificate must have; empty: any
 	Timeout    time.Duration // at most MaxTimeout; zero: DefaultTimeout

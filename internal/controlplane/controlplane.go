@@ -24,7 +24,7 @@ type Resource struct {
 	Findings []mesh.Finding // of the resource in force
 	Warming  bool           // received, and not in use before what it needs has come
 
-	Refusal *Refusal // of a version that came after the one in force; nil: there is none
+	Refusal *Refusal // of a version that came after the one in force; may be nil
 }
 
 // Refusal is a version of a resource that is not used.

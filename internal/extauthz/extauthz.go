@@ -33,10 +33,10 @@ type Caller interface {
 type Question struct {
 	Source, Destination netip.AddrPort // the peer, and the original destination
 	Certified           bool           // the client has shown a certificate
-	SourceName          string         // the first name in it; empty: none
+	SourceName          string         // the first name in it; may be empty
 	DestinationName     string         // the workload's SPIFFE ID; empty: not known
 	Certificate         string         // of the client, in PEM with the bytes encoded that URLs do not have; empty: none, or not sent
-	ServerName          string         // of the ClientHello; empty: none
+	ServerName          string         // of the ClientHello; may be empty
 	At                  time.Time
 
 	Request *Request          // nil: a connection

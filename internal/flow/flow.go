@@ -73,7 +73,7 @@ type Record struct {
 	TransportFailure    string         // why the dial failed, in Envoy's words; empty: it did not
 	Cluster             string         // where it was sent, by Envoy's name; empty if nowhere. See package envoy
 	Route               string         // the route that chose Cluster: a request's, or all of a connection's requests'
-	Security            *Security      // of TLS that the agent speaks with the other side; nil: none
+	Security            *Security      // of TLS that the agent speaks with the other side; may be nil
 	Client              *Security      // of a gateway's connection: TLS with downstream; nil: none, or not a gateway's
 	Workload            SetWorkload    // of the other side, as its proxy describes it
 	Received            atomic.Uint64  // bytes from downstream written to upstream; of a request, its body
@@ -237,7 +237,7 @@ type DryRun struct {
 	Prefix string // of the names under which Envoy keeps the verdict in metadata
 	Policy string // that decided; empty: no policy did
 	Denied bool
-	Next   *DryRun // that of a later filter; nil: there is none
+	Next   *DryRun // that of a later filter; may be nil
 
 	// Enforced explains a denial by policies that are enforced, a line for each. One verdict has it at most. Its Prefix is
 	// empty.
@@ -462,7 +462,7 @@ func (r *Record) Details() string {
 	return ""
 }
 
-// TerminationDetails returns Envoy's connection_termination_details, which name the policy that denies a connection; empty: none
+// TerminationDetails returns Envoy's connection_termination_details, which name the policy that denies a connection; may be empty
 // does.
 func (r *Record) TerminationDetails() string {
 	if r.IsRequest() || !envoy.IsDenial(r.HTTP.Details) {

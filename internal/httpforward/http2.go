@@ -39,7 +39,7 @@ type multiplex struct {
 
 	checkAt time.Time // when limits of routes are checked next; zero: there are none
 
-	suspended *undecided // a request that waits for an answer; nil: none
+	suspended *undecided // a request that waits for an answer; may be nil
 
 	attempts uint8  // of the dial, until the first request is recorded with them
 	resets   bucket // for streams that downstream resets or that break the protocol

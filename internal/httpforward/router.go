@@ -42,7 +42,7 @@ type Request struct {
 	Absolute   bool         // the target is in absolute form, as in requests to proxies
 	Fields     HeaderFields // never nil when a Router is called
 	Entered    bool         // an Edge has prepared the request
-	Upgrade    []byte       // the protocol that the request asks for, as it is forwarded; empty: none
+	Upgrade    []byte       // the protocol that the request asks for, as it is forwarded; may be empty
 
 	// Check is that of the last Decision about this request, with its answer; nil: there was none.
 	Check Check

@@ -52,7 +52,7 @@ type Pod struct {
 	Files    *identity.Files  // mounted in place of a CA; nil: not mounted
 
 	Revocations  string // path of the file of revocation lists; it may be missing
-	Output       string // directory that the identity is written to; empty: none
+	Output       string // directory that the identity is written to; may be empty
 	OutputShared bool   // other users of the pod read it
 }
 

@@ -16,7 +16,7 @@ import (
 type Sources struct {
 	Table *flow.Table          // open connections; optional
 	Gates func() []Gate        // conditions of readiness; optional
-	Plane func() *ControlPlane // the session with the control plane; nil: there is none
+	Plane func() *ControlPlane // the session with the control plane; may be nil
 	Index func() string        // answer of "/" for clients other than browsers, such as a list of paths; nil: empty
 }
 

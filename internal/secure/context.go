@@ -87,7 +87,7 @@ func protocol(ours, theirs []string) []string {
 // ClientConfig is TLS with the servers of a cluster.
 type ClientConfig struct {
 	ServerName string   // sent as SNI; empty: none is sent
-	Protocols  []string // ALPN that is offered; empty: none
+	Protocols  []string // ALPN that is offered; may be empty
 
 	// Certificate returns the certificate that is presented if the server asks for one. Nil: none is presented.
 	Certificate func() (*tls.Certificate, error)

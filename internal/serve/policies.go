@@ -186,7 +186,7 @@ type gate struct {
 	edits     []route.Edit
 	responses []route.Edit   // of its response
 	claims    *jwt.Claims    // nil: no token was verified
-	asked     match.Metadata // of a server that was asked; nil: none
+	asked     match.Metadata // of a server that was asked; may be nil
 	shadows   shadows
 	edited    editedFields // of the request, after edits
 

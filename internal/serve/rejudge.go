@@ -28,7 +28,7 @@ type rejudge struct {
 	shown   *mesh.HTTPManager // as in governed
 	seen    *mesh.Snapshot    // by the last request
 	judged  *mesh.Snapshot    // the last one that allows the mode of the connection
-	chain   *mesh.FilterChain // that judged has for the connection; nil: none
+	chain   *mesh.FilterChain // that judged has for the connection; may be nil
 	refusal *route.Reply      // to all requests, by judged; nil: they are judged one by one
 	retired bool              // by seen
 	gate    gate

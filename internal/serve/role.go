@@ -57,7 +57,7 @@ type Config struct {
 	Log     *slog.Logger // of keys that cannot be fetched; nil: not logged
 	Egress  Egress       // the policy for outbound connections; nil: everything is allowed
 
-	Faults fault.Set // on purpose; nil: none
+	Faults fault.Set // on purpose; may be nil
 
 	// Tracing has the exporters of the spans that Mesh asks for; nil: it is not followed.
 	Tracing *tracing.Exporters

@@ -33,7 +33,7 @@ type routing struct {
 	names []string // of the client's certificate; see authz.Subject
 	gate  *gate    // nil: the configuration has no policies for the requests
 
-	client *httpforward.PeerFields // of a client inside TLS that is ended here; nil: there is none
+	client *httpforward.PeerFields // of a client inside TLS that is ended here; may be nil
 
 	recorded *flow.Telemetry // nil: as of the connection
 

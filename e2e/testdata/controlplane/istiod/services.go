@@ -74,7 +74,7 @@ type rule struct {
 	Timeout    time.Duration // 0: none
 	Delay      time.Duration // by fault injection
 	Abort      uint32        // status, by fault injection; 0: none
-	Mirror     string        // cluster; empty: none
+	Mirror     string        // cluster; may be empty
 }
 
 // follow serves the services of a file, and pushes each change of it. It looks for changes at this interval; 0: it does not.
