@@ -41,7 +41,9 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
 # Tests that drive the release's program, with load. The race detector would see the load only, and take twice its CPU time. The
 # attacks keep it: without it they are three times as strong, and a new client of the attacker's address may be evicted with it.
-DRIVEN := ./e2e/bench
+# Both have the machine alone: beside other tests a client might wait for longer than a test does.
+DRIVEN  := ./e2e/bench
+ATTACKS := ./e2e/hostility
 
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
@@ -116,17 +118,23 @@ clean: ## remove what build and the tests leave in this directory
 ##@ Test
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
-	others=$$($(GO) list ./... | grep -v $(DRIVEN:./%=-e /%$$)); { $(TEST) -vet=off -timeout 25m $$others || failed=1; $(PLAIN) -vet=off -timeout 10m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	others=$$($(GO) list ./... | grep -v $(patsubst ./%,-e /%$$,$(DRIVEN) $(ATTACKS))); \
+	{ $(TEST) -vet=off -timeout 25m $$others || failed=1; \
+	$(TEST) -vet=off -timeout 25m $(ATTACKS) || failed=1; \
+	$(PLAIN) -vet=off -timeout 10m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
 	$(TEST) -timeout 5m $$($(GO) list ./... | grep -v /e2e) | $(REPORT)
 
-# e2e has such a file, too, but runs with and without the detector alike.
+# Files with tests that the race detector would distort: of memory and allocations. e2e has such a file, too, but runs with and
+# without the detector alike.
+WITHOUT_RACE = git grep -l --untracked '^//go:build !race' -- '*_test.go' ':!e2e'
+
 .PHONY: test-norace
-test-norace: modules ## packages with tests of memory and allocations, which the race detector would distort
-	$(PLAIN) -timeout 5m \
-		$$(git grep -l --untracked '^//go:build !race' -- '*_test.go' ':!e2e' | xargs -n1 dirname | sort -u | sed 's|^|./|') | $(REPORT)
+test-norace: modules ## tests of memory and allocations, which the race detector would distort
+	$(PLAIN) -timeout 5m -run "^($$($(WITHOUT_RACE) | xargs grep -hoP '^func \KTest\w+' | sort -u | paste -sd'|'))\$$" \
+		$$($(WITHOUT_RACE) | xargs -n1 dirname | sort -u | sed 's|^|./|') | $(REPORT)
 
 .PHONY: test-netns
 test-netns: tools-test modules ## tests that make network namespaces, without e2e
@@ -134,7 +142,9 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 
 .PHONY: e2e
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
-	{ $(TEST) -timeout 25m -run '$(RUN)' ./e2e ./e2e/pods ./e2e/hostility || failed=1; $(PLAIN) -timeout 10m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	{ $(TEST) -timeout 25m -run '$(RUN)' ./e2e ./e2e/pods || failed=1; \
+	$(TEST) -timeout 25m -run '$(RUN)' $(ATTACKS) || failed=1; \
+	$(PLAIN) -timeout 10m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-pods
 test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)

@@ -78,8 +78,10 @@ var attacks = []attack{
 
 const shortForm = 4000
 
-// shorter has attacks with fewer connections in the short form: each is a handshake or a download, also for the race detector.
+// shorter has attacks with fewer connections in the short form: each is a handshake, a download, or a head that the
+// server parses, also for the race detector.
 var shorter = map[string]int{
+	"heads of 250 KiB without a response":   300,
 	"unfinished records at a gateway":       1000,
 	"stalled downloads, routed over HTTP/2": 30,
 	"stalled downloads at a gateway":        200,

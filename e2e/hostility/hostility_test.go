@@ -35,7 +35,7 @@ func TestHostility(t *testing.T) {
 					t.Fatalf("before the attack: %v", err)
 				}
 			}
-			attacker := w.start(t, w.peer, nil, "attack", a.name, "1s", strconv.Itoa(cmp.Or(shorter[a.name], shortForm)))
+			attacker := w.start(t, w.peer, nil, "attack", a.name, "3s", strconv.Itoa(cmp.Or(shorter[a.name], shortForm)))
 			attacker.await(t, "ready")
 			for range 3 {
 				fresh := []*client{w.newClient(t, originAddress, false), w.newClient(t, second, true)}
