@@ -155,7 +155,7 @@ func TestHTTP2ServerMaySendBeforeItsClient(t *testing.T) {
 		request  = "\x00\x00\x06\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x01a" // GET http://a/ on stream 1
 		answer   = "\x00\x00\x01\x01\x05\x00\x00\x00\x01\x88"                  // 200
 	)
-	s := newStage(t)
+	s := newStage(t, "--detection-hold", "10m")
 	s.everyWay(t, func(t *testing.T, w way) {
 		t.Parallel()
 		downstream, upstream := w.connect(t)
