@@ -41,11 +41,13 @@ TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test $(FAST) -race
 PLAIN    := CGO_ENABLED=0 scripts/with-namespaces $(GO) test $(FAST)
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
-# Tests that drive the release's program, with load. The race detector would see the load only, and take twice its CPU time. The
-# attacks keep it: without it they are three times as strong, and a new client of the attacker's address may be evicted with it.
-# Both have the machine alone: beside other tests a client might wait for longer than a test does.
-DRIVEN  := ./e2e/bench
+# What drives the built program runs after the tests of packages, one group after the other: beside more work than the machine has
+# processors for, a client or a server of a test might wait for longer than the program does. The race detector would see only the
+# load of DRIVEN, and take twice its CPU time. The attacks keep it: without it they are three times as strong, and a new client of
+# the attacker's address may be evicted with it.
+STORIES := ./e2e ./e2e/pods
 ATTACKS := ./e2e/hostility
+DRIVEN  := ./e2e/bench
 
 # Other people's clients and servers for the e2e tests: a module of its own.
 PEERS := e2e/testdata/peers
@@ -120,10 +122,10 @@ clean: ## remove what build and the tests leave in this directory
 ##@ Test
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
-	others=$$($(GO) list ./... | grep -v $(patsubst ./%,-e /%$$,$(DRIVEN) $(ATTACKS))); \
-	{ $(TEST) -vet=off -timeout 25m $$others || failed=1; \
+	{ $(TEST) -vet=off -timeout 25m $$($(GO) list ./... | grep -v /e2e) || failed=1; \
+	$(TEST) -vet=off -timeout 25m $(STORIES) || failed=1; \
 	$(TEST) -vet=off -timeout 25m $(ATTACKS) || failed=1; \
-	$(PLAIN) -vet=off -timeout 10m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
@@ -144,9 +146,9 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 
 .PHONY: e2e
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
-	{ $(TEST) -timeout 25m -run '$(RUN)' ./e2e ./e2e/pods || failed=1; \
+	{ $(TEST) -timeout 25m -run '$(RUN)' $(STORIES) || failed=1; \
 	$(TEST) -timeout 25m -run '$(RUN)' $(ATTACKS) || failed=1; \
-	$(PLAIN) -timeout 10m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	$(PLAIN) -timeout 20m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-pods
 test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)
@@ -164,7 +166,7 @@ controlplane: modules ## the client of a control plane, against go-control-plane
 test-istiod: ## the client of a control plane and the built agent, against a real istiod and istioctl; its first compilation takes 5 minutes (RUN=pattern chooses)
 	$(IN_ISTIOD) $(GO) mod tidy -diff
 	$(IN_ISTIOD) $(GO) vet $(ISTIOD_BUILD) ./...
-	($(IN_ISTIOD) $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -ldflags=-w -count=1 -json -timeout 15m -run '$(RUN)' ./...) | $(REPORT)
+	($(IN_ISTIOD) $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -ldflags=-w -count=1 -json -timeout 30m -run '$(RUN)' ./...) | $(REPORT)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)
