@@ -123,9 +123,9 @@ clean: ## remove what build and the tests leave in this directory
 ##@ Test
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
-	{ $(TEST) -vet=off -timeout 25m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
-	$(TEST) -vet=off -timeout 25m $(STORIES) || failed=1; \
-	$(TEST) -vet=off -timeout 25m $(ATTACKS) || failed=1; \
+	{ $(TEST) -vet=off -timeout 40m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
+	$(TEST) -vet=off -timeout 40m $(STORIES) || failed=1; \
+	$(TEST) -vet=off -timeout 40m $(ATTACKS) || failed=1; \
 	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-unit
@@ -147,8 +147,8 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 
 .PHONY: e2e
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
-	{ $(TEST) -timeout 25m -run '$(RUN)' $(STORIES) || failed=1; \
-	$(TEST) -timeout 25m -run '$(RUN)' $(ATTACKS) || failed=1; \
+	{ $(TEST) -timeout 40m -run '$(RUN)' $(STORIES) || failed=1; \
+	$(TEST) -timeout 40m -run '$(RUN)' $(ATTACKS) || failed=1; \
 	$(PLAIN) -timeout 20m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-pods
