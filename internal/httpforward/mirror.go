@@ -164,17 +164,19 @@ func (d *duplicate) send(w *tcp.Waiter) flow.Reason {
 	written := d.appendHead(nil, &head)
 	out.Append(written)
 	out.Append(d.of.raw[d.of.head:])
+	in := tcp.TakeBuffer()
+	defer func() { in.Release() }()
 	for out.Len() > 0 {
 		n, err := up.WriteVector(&out)
 		if err == tcp.ErrAgain || err == nil && n == 0 {
-			err = w.Wait(deadline, up, nil)
+			err = awaitRoom(w, up, in, deadline)
 		}
 		if err != nil {
 			up.Reset()
 			return copyReason(err)
 		}
 	}
-	reusable, err := d.discardResponse(w, up, deadline)
+	reusable, err := d.discardResponse(w, up, in, deadline)
 	switch {
 	case err != nil:
 		up.Reset()
@@ -225,10 +227,20 @@ func appendShadow(dst, host []byte) []byte {
 	return append(append(append(dst, host[:port]...), "-shadow"...), host[port:]...)
 }
 
-// discardResponse reads the response of a copy. It reports whether the connection can carry another request.
-func (d *duplicate) discardResponse(w *tcp.Waiter, up *tcp.Conn, deadline time.Time) (reusable bool, err error) {
-	in := tcp.TakeBuffer()
-	defer func() { in.Release() }()
+// awaitRoom waits until a server may take more of a request. One of HTTP/2 gives credit for it, which has to be read; a response
+// that has begun is kept in in.
+func awaitRoom(w *tcp.Waiter, up *tcp.Conn, in *tcp.Buffer, deadline time.Time) error {
+	if up.Readable() {
+		if _, err := in.Fill(up); err != tcp.ErrAgain && err != tcp.ErrFull {
+			return err
+		}
+	}
+	return w.Wait(deadline, up, nil)
+}
+
+// discardResponse reads the response of a copy, of which in may have the beginning. It reports whether the connection can carry
+// another request.
+func (d *duplicate) discardResponse(w *tcp.Waiter, up *tcp.Conn, in *tcp.Buffer, deadline time.Time) (reusable bool, err error) {
 	limits := d.settings.ofServers().limits()
 	fill := func() error {
 		_, err := in.Fill(up)
