@@ -300,9 +300,10 @@ func (l *leg) nextWaiting() *call {
 	return c
 }
 
-// takes reports whether a call can be opened on the connection now.
+// takes reports whether a call can be opened on the connection now. Bytes of HTTP/1 that are read and not handled come before it:
+// they may belong to no response, and must not be taken for that of the call.
 func (l *leg) takes() bool {
-	return l.conn != nil && !l.closing && l.readErr == nil && l.open < l.places() && !l.full()
+	return l.conn != nil && !l.closing && l.readErr == nil && l.open < l.places() && !l.full() && (l.http1 == nil || l.in == nil)
 }
 
 // share opens calls that wait for a place on a connection of HTTP/2 on others to the same target. It reports whether it has opened
