@@ -1,6 +1,7 @@
 package httpforward
 
 import (
+	"errors"
 	"io"
 	"strconv"
 	"sync"
@@ -186,11 +187,11 @@ func (x *exchange) enforce() (ending, bool) {
 		return 0, false
 	}
 	now := time.Now()
-	if x.totalEnd.IsZero() && x.tryEnd.IsZero() && x.request.dst != nil && x.request.taken() && !x.upgrade {
-		if x.total > 0 {
-			x.totalEnd = now.Add(x.total)
+	if x.request.dst != nil {
+		x.startTotal(now)
+		if x.tryEnd.IsZero() && !x.answered && x.request.taken() && !x.upgrade {
+			x.startTry(now)
 		}
-		x.startTry(now)
 	}
 	passed := func(end time.Time) bool { return !end.IsZero() && !now.Before(end) }
 	switch {
@@ -206,6 +207,34 @@ func (x *exchange) enforce() (ending, bool) {
 		return x.failed(failedTimeout, replyTryTimeout, tcp.ErrDeadline)
 	}
 	return 0, false
+}
+
+// startTotal starts the limit of a request that has arrived as a whole, unless it is started.
+func (x *exchange) startTotal(now time.Time) {
+	if x.total > 0 && x.totalEnd.IsZero() && x.request.taken() && !x.upgrade {
+		x.totalEnd = now.Add(x.total)
+	}
+}
+
+// dialEnd returns when a dial for the request has to end; zero: its limits do not concern it. The time of a request includes its
+// wait for a connection, as in Envoy.
+func (x *exchange) dialEnd() time.Time {
+	if !x.limited {
+		return time.Time{}
+	}
+	x.startTotal(time.Now())
+	if end := x.streamEnd; !end.IsZero() && (x.totalEnd.IsZero() || end.Before(x.totalEnd)) {
+		return end
+	}
+	return x.totalEnd
+}
+
+// dialOverdue ends the exchange if a dial has failed because dialEnd had come.
+func (x *exchange) dialOverdue(err error) (ending, bool) {
+	if end := x.dialEnd(); end.IsZero() || time.Now().Before(end) || !errors.Is(err, tcp.ErrDeadline) {
+		return 0, false
+	}
+	return x.enforce()
 }
 
 // startTry starts the limit of an attempt.

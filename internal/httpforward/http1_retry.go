@@ -90,7 +90,7 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 		if end, over := x.nextAttempt(reason); over {
 			return end, true
 		}
-		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), idempotent(x.http.Method))
+		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), x.dialEnd(), idempotent(x.http.Method))
 		x.countDials(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)
@@ -106,6 +106,9 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 		}
 		r := dialReply(err, false)
 		x.record.Upstream, x.record.TransportFailure = x.wanted.Address, upstream.TransportFailure(err)
+		if end, over := x.dialOverdue(err); over {
+			return end, true
+		}
 		if !x.mayRetry(failedConnect) {
 			return x.refuse(x.retried(r), err), true
 		}

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pillion-proxy/pillion/internal/budget"
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -510,6 +512,63 @@ func TestLimitsOfARoute(t *testing.T) {
 				conversation{"", test.script, []recorded{test.want}}.playUnder(t, limit, withPlan(test.plan(limit, long(limit))))
 			})
 		})
+	}
+}
+
+// unanswered returns an address that neither accepts nor refuses connections: the queue of its listener is full.
+func unanswered(t *testing.T) netip.AddrPort {
+	t.Helper()
+	o := newOrigin(t)
+	raw, err := o.listener.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if failed := raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), 0) }); failed != nil || err != nil {
+		t.Fatal(failed, err)
+	}
+	conn, err := net.Dial("tcp", o.address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return o.address
+}
+
+// The limits of a route include the time in which a connection is made: an endpoint that has gone without a word, with its node,
+// must not hold back a request for longer.
+func TestLimitsOfARouteEndDials(t *testing.T) {
+	t.Parallel()
+	const limit = 50 * time.Millisecond
+	silent, refusing := unanswered(t), nettest.Refusing(t)
+	for name, c := range map[string]struct {
+		plan  *route.Plan
+		first netip.AddrPort
+		flags string
+	}{
+		"of the response":  {&route.Plan{Timeout: limit}, silent, "UT"},
+		"of the stream":    {&route.Plan{MaxStream: new(limit)}, silent, "UT"},
+		"of both":          {&route.Plan{Timeout: time.Hour, MaxStream: new(limit)}, silent, "UT"},
+		"of all attempts":  {&route.Plan{Timeout: limit, Retry: retrying(mesh.RetryConnectFailure, 5)}, refusing, "UT"},
+		"although retries": {&route.Plan{Timeout: limit, Retry: retrying(mesh.RetryConnectFailure, 5)}, silent, "UT"},
+	} {
+		held := &leases{}
+		r := newRig(t, silent, false, plain, func(c *Config) { c.ConnectTimeout = time.Hour })
+		r.set(func() {
+			r.router = &planned{leases: held, decide: func(q *Request, d *Decision) {
+				if d.Plan = c.plan; q.Attempt == 0 {
+					d.Target.Address = c.first
+				}
+			}}
+		})
+		client := r.dial(t)
+		send(t, client, getHome)
+		if got := head(t, bufio.NewReader(client)); !strings.HasPrefix(got, "HTTP/1.1 504 ") {
+			t.Errorf("%s: read %q", name, got)
+		}
+		if got := r.records.await(t, 0); got.reason != flow.RequestTimeout || got.flags != c.flags {
+			t.Errorf("%s: the record is %+v", name, got)
+		}
+		held.check(t, nil)
 	}
 }
 

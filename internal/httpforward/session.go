@@ -312,7 +312,7 @@ func (s *session) dropUpstream() {
 // chosen another target, the alternative is not a direct connection, and a new one to each of the targets would cost a
 // handshake for each request; a server that closes at this moment has accepted no byte of the request, which is sent again.
 // attempts is the number of dials, or 1 for a connection that was open.
-func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, repeatable bool) (attempts int, err error) {
+func (s *session) connect(wanted *upstream.Target, settings *Settings, now, until time.Time, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > upstream.Pause) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
@@ -332,13 +332,14 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.
 			return 1, nil
 		}
 	}
-	return s.dial(wanted, settings)
+	return s.dial(wanted, settings, until)
 }
 
-// dial opens a new upstream connection.
-func (s *session) dial(wanted *upstream.Target, settings *Settings) (attempts int, err error) {
+// dial opens a new upstream connection, until a time that is zero if only the settings limit it.
+func (s *session) dial(wanted *upstream.Target, settings *Settings, until time.Time) (attempts int, err error) {
 	s.setTarget(wanted)
 	dialer := s.engine.dialer(s.Connection, settings)
+	dialer.Until = until
 	up, attempts, err := dialer.Dial(s.w, *s.target())
 	if err != nil {
 		return attempts, err
