@@ -30,7 +30,7 @@ type exchange struct {
 	body     *Collected       // until the request is decided about; nil: its body was not needed
 	gone     error            // why downstream is gone, or the exchange over, before the request was decided about
 	entered  []byte           // the head of the request as the edge has prepared it; valid with arrived
-	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it
+	kept     []byte           // a copy of the request head, if a retry or an edit of the response may need it, and Decision.Path
 	edited   *edited          // of a plan that changes heads; nil: not used yet
 
 	carried

@@ -67,6 +67,9 @@ func (x *exchange) takePlan(b []byte) {
 func (x *exchange) takeChanges() {
 	if x.decision.Path != nil {
 		x.routed.Path = x.decision.Path
+		if len(x.kept) > 0 { // for the next attempt
+			x.kept = append(x.kept, x.decision.Path...)
+		}
 		x.takeEdited().describe(&x.routed)
 	}
 	if x.decision.Plan == nil {

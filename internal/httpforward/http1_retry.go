@@ -130,7 +130,9 @@ func (x *exchange) nextAttempt(reason flow.Reason) (ending, bool) {
 	s.engine.config.Pool.Stats.Retried.Add(1)
 	x.began = time.Now()
 	x.previous = x.decision
-	x.view(x.kept)
+	if x.view(x.kept); len(x.kept) > x.requestHead.Length {
+		x.routed.Path = x.kept[x.requestHead.Length:]
+	}
 	x.routed.Attempt, x.routed.Previous, x.routed.Check = x.retries, &x.previous, x.check
 	x.decision = s.route(&x.routed)
 	endMirrors(x.decision.Mirrors, flow.Overload)                                                   // the first attempt's are sent

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -393,6 +394,46 @@ func TestTheRouterChoosesAgainForEachAttempt(t *testing.T) {
 	want := []string{"0 GET /home a", "1 GET /home a after true <nil>", "2 GET /home a after false <nil>"}
 	if !slices.Equal(seen, want) {
 		t.Errorf("the router saw %q, want %q", seen, want)
+	}
+}
+
+// Each attempt is decided about by the path that the first decision has set: policies must not see another one than the server.
+func TestARetryHasThePathThatWasSet(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		var calls atomic.Int32
+		origin := serveHTTP2(t, func(w http.ResponseWriter, _ *http.Request) {
+			if calls.Add(1) < 3 {
+				w.WriteHeader(http.StatusServiceUnavailable)
+			}
+		})
+		var mu sync.Mutex
+		var seen []string
+		plan := &route.Plan{Retry: retrying(mesh.Retry5xx, 2)}
+		r := newRig(t, origin, two, plain)
+		client := http1Client(t)
+		if two {
+			client = http2Client(t)
+		}
+		r.set(func() {
+			r.many = two
+			r.router = &planned{decide: func(q *Request, d *Decision) {
+				mu.Lock()
+				defer mu.Unlock()
+				if seen = append(seen, string(q.Path)); q.Attempt == 0 {
+					d.Plan, d.Path = plan, []byte("/set?q")
+				}
+			}}
+		})
+		response, err := client.Get("http://" + r.address + "/received?q")
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		mu.Lock()
+		if want := []string{"/received?q", "/set?q", "/set?q"}; response.StatusCode != 200 || !slices.Equal(seen, want) {
+			t.Errorf("HTTP/2 %v: the router saw %q, want %q; status %d", two, seen, want, response.StatusCode)
+		}
+		mu.Unlock()
 	}
 }
 

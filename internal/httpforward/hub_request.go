@@ -99,6 +99,9 @@ func (h *hub) decide(c *call) {
 	if c.retries > 0 {
 		r.Attempt, r.Previous = c.retries, &c.previous
 	}
+	if c.sent.path != nil {
+		r.Path = c.sent.path
+	}
 	r.Check, r.Collected = c.check, c.body
 	c.decision = h.route(r)
 	d := &c.decision

@@ -36,7 +36,7 @@ type Request struct {
 	Client     netip.AddrPort // the peer, or the client that trusted proxies forward for, without a port: see Edge
 	Protocol   flow.Protocol
 	Method     []byte
-	Path       []byte       // with its query; of a target in absolute form, what follows the authority
+	Path       []byte       // with its query; of a target in absolute form, what follows the authority. Of a retry, Decision.Path, if that was set
 	Authority  []byte       // nil if the request has no authority
 	Scheme     []byte       // of the request's target; of a target without one, that of the connection
 	Absolute   bool         // the target is in absolute form, as in requests to proxies
