@@ -215,6 +215,25 @@ func TestOriginalDestination(t *testing.T) {
 	}
 }
 
+// A cluster of the original destination has one host, whatever is configured for the choice among several. Istiod gives weights of
+// localities to all clusters of a mesh that has them.
+func TestOriginalDestinationNeedsNoChoice(t *testing.T) {
+	to := netip.MustParseAddrPort("203.0.113.7:443")
+	for _, policy := range []mesh.Policy{mesh.RoundRobin, mesh.LeastRequest, mesh.Random, mesh.RingHash, mesh.Maglev, mesh.ClusterProvided} {
+		for _, weighted := range []bool{false, true} {
+			_, c, _ := newTest(t, clusterOf(policy, func(c *mesh.Cluster) {
+				c.Discovery, c.Balancing.LocalityWeighted = mesh.OriginalDestination, weighted
+			}), nil)
+			choice, failure := c.Pick(&Request{Original: to, Hash: 1, Hashed: true})
+			if failure != None || choice.Address != to {
+				t.Errorf("policy %d, weighted %v: %v, failure %d", policy, weighted, choice.Address, failure)
+				continue
+			}
+			choice.Lease.End(ok)
+		}
+	}
+}
+
 // Picks go on while hosts come and go and are ejected. Run with -race. Nothing is left at the end, and a host that is not
 // configured any more is not chosen.
 func TestPicksDuringPushes(t *testing.T) {

@@ -311,6 +311,9 @@ func (v *view) pick(r *Request) *member {
 	if len(v.levels) == 0 {
 		return nil
 	}
+	if v.config.Discovery == mesh.OriginalDestination {
+		return &v.members[0] // whatever is configured for the choice among hosts; it has no locality
+	}
 	policy := v.config.Balancing.Policy
 	hashes := policy == mesh.RingHash || policy == mesh.Maglev
 	random := rand.Uint64()
