@@ -440,13 +440,19 @@ func TestAnotherRootRetiresConnections(t *testing.T) {
 	}
 }
 
-// Where the host of a request decides which server is expected, it is the SNI, and the server's certificate must have it. An
-// address is no SNI. Over HTTP/2, and without a host, nothing is sent.
+// Where the host of a request decides which server is expected, it is the SNI, and the server's certificate must have it. That is
+// the host that its route sends. An address is no SNI. Over HTTP/2, and without a host, nothing is sent.
 func TestTheHostOfARequestIsVerified(t *testing.T) {
 	r := newRouted(t, to("web"))
 	m := r.meshRig
 	edit := m.plane.InForce.Load().Edit()
+	sent := func(domain, as string) mesh.VirtualHost {
+		r := to("web")
+		r.Forward.HostRewrite = as
+		return mesh.VirtualHost{Name: domain, Domains: []mesh.Domain{{Kind: mesh.DomainExact, Text: domain}}, Routes: []mesh.Route{r}}
+	}
 	edit.SetRoutes("81", &mesh.Routes{Name: "81", Hosts: []mesh.VirtualHost{
+		sent("alias.example", "Web.example:81"), sent("renamed.web.example", "other.example"),
 		{Name: "any", Domains: []mesh.Domain{{Kind: mesh.DomainAny}}, Routes: []mesh.Route{to("web")}},
 	}})
 	edit.SetCluster("web", &mesh.Cluster{Name: "web", Discovery: mesh.OriginalDestination, Breakers: unlimited, Transports: []mesh.Transport{
@@ -457,7 +463,7 @@ func TestTheHostOfARequestIsVerified(t *testing.T) {
 	m.plane.InForce.Store(snapshot)
 	conns, names, done := m.Listen(t, "81"), make(chan string, 10), make(chan struct{})
 	config := &tls.Config{Certificates: []tls.Certificate{*m.authority.Leaf(t, "", func(c *x509.Certificate) {
-		c.DNSNames, c.IPAddresses = []string{"web.example"}, []net.IP{net.IPv4(192, 0, 2, 7)}
+		c.DNSNames, c.IPAddresses = []string{"web.example", "renamed.web.example"}, []net.IP{net.IPv4(192, 0, 2, 7)}
 	})}}
 	go func() {
 		for {
@@ -490,6 +496,8 @@ func TestTheHostOfARequestIsVerified(t *testing.T) {
 		{"web.example", "web.example", 200},
 		{"WEB.example:81", "web.example", 200},
 		{"192.0.2.7:81", "", 200},
+		{"alias.example", "web.example", 200},
+		{"renamed.web.example", "", 503},
 		{"other.example", "", 503},
 	} {
 		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: "+c.host+"\r\n\r\n")

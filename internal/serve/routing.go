@@ -50,6 +50,7 @@ type routing struct {
 	last lookup // the requests of a connection mostly have one cluster
 
 	request route.Request   // reused, so that it is not allocated
+	host    []byte          // the authority of a request as its route rewrites it
 	asks    bool            // the request has fields of route.Consumed
 	pick    balance.Request // as well
 }
@@ -259,7 +260,7 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	if r.pick.Kind = balance.HTTP1; in == secure.HTTP2 {
 		r.pick.Kind = balance.HTTP2
 	}
-	lease, failed := r.role.endpoint(s, config, r.last.state, &r.pick, in, r.request.Authority, &d.Target)
+	lease, failed := r.role.endpoint(s, config, r.last.state, &r.pick, in, r.authority(d.Plan), &d.Target)
 	if failed != nil {
 		d.Target, d.Reply = upstream.Target{}, failed.reply
 		return
@@ -268,6 +269,15 @@ func (r *routing) send(s *mesh.Snapshot, config *mesh.Cluster, d *httpforward.De
 	if d.Peers = r.plain; r.exchanges(config) {
 		d.Peers = r.described
 	}
+}
+
+// authority returns the authority of the request that view has set as it is sent. p may be nil.
+func (r *routing) authority(p *route.Plan) []byte {
+	if p == nil || !p.RewritesHost {
+		return r.request.Authority
+	}
+	r.host = p.AppendHost(r.host[:0], r.request.Authority)
+	return r.host
 }
 
 // upstreamProtocol returns the protocol in which a request goes to the endpoints of a cluster. gRPC needs HTTP/2: a call keeps
@@ -329,7 +339,7 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		in := r.upstreamProtocol(config)
 		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, nil, &request, in, r.request.Authority, &copied.Target)
+		lease, failed := r.role.endpoint(s, config, nil, &request, in, r.authority(d.Plan), &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)
