@@ -442,6 +442,54 @@ func (r *routed) bytes(proxy *mesh.TCPProxy) {
 	})
 }
 
+// A connection whose port becomes one of bytes serves the requests that are on their way as before, and ends: at its original
+// destination they would be without the TLS of their cluster, or where no connection may go. Where the bytes of new connections
+// go there as they are, so do its requests.
+func TestRequestsOfAPortThatBecomesOneOfBytes(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 81, 82)
+	r.cluster("v1", nil, 82)
+	r.push(func(e *mesh.Edit) {
+		e.SetCluster("BlackHoleCluster", &mesh.Cluster{Name: "BlackHoleCluster", Discovery: mesh.Static, Breakers: unlimited})
+		e.SetCluster("secured", &mesh.Cluster{Name: "secured", Discovery: mesh.OriginalDestination, Breakers: unlimited, Transports: []mesh.Transport{
+			{Name: "tls", TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}},
+		}})
+	})
+	requests := r.plane.InForce.Load()
+	for cluster, want := range map[string]string{"v1": "82", "secured": "82", "BlackHoleCluster": "82", "gone": "82", "PassthroughCluster": "81"} {
+		r.plane.InForce.Store(requests)
+		one, two := r.client(t), r.twoClient(t)
+		get := func() (bodies [2]string) {
+			_, bodies[0] = one.get(t, "web")
+			if bodies[1] = bodies[0]; cluster != "v1" && want == "82" {
+				return bodies // the client may open another connection by now
+			}
+			response, err := two.Get("http://web/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(response.Body)
+			response.Body.Close()
+			bodies[1] = string(body)
+			return bodies
+		}
+		if got := get(); got != [2]string{"82", "82"} {
+			t.Fatalf("before: %q", got)
+		}
+		r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: cluster, Weight: 1}}})
+		if got := get(); got != [2]string{want, want} {
+			t.Errorf("%s: %q, want %s", cluster, got, want)
+		}
+		if want == "82" {
+			if _, err := one.read.ReadByte(); err != io.EOF {
+				t.Errorf("%s: the connection does not end: %v", cluster, err)
+			}
+		} else if _, got := one.get(t, "web"); got != want {
+			t.Errorf("%s: then %q, want %s", cluster, got, want)
+		}
+	}
+}
+
 func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
 	r := newRouted(t, to("v1"))
 	r.cluster("v1", nil, 82)

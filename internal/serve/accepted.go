@@ -116,4 +116,10 @@ func (a *accepted) late() bool {
 const removalGrace = time.Second
 
 // Retired implements httpforward.Retirement.
-func (r *routing) Retired() bool { return r.role.gateway && r.accepted.gone() }
+func (r *routing) Retired() bool {
+	if r.role.gateway {
+		return r.accepted.gone()
+	}
+	r.look()
+	return r.retired
+}

@@ -46,6 +46,7 @@ type routing struct {
 	misdirected *mesh.Misdirected // may be nil
 
 	refused *route.Reply // not nil: the reply to all requests
+	retired bool         // of an outbound connection: see judge
 
 	last lookup // the requests of a connection mostly have one cluster
 
@@ -95,14 +96,33 @@ func (c *Conn) newRouting(g *governed) *routing {
 	return r
 }
 
-// judge finds the routes of the connection in a snapshot.
+// judge finds the routes of the connection in a snapshot. An outbound connection that new ones of its kind replace by a connection
+// of bytes, to an endpoint, perhaps by TLS, or to none, is retired: until it has ended, its requests follow the last routes.
 func (r *routing) judge(s *mesh.Snapshot) {
-	if chain, refusal := r.role.meet(s, &r.info); refusal != "" {
+	chain, refusal := r.role.meet(s, &r.info)
+	r.retired = refusal == "" && !r.role.gateway && chain != nil && chain.HTTP == nil && !passes(s, chain)
+	switch {
+	case refusal != "":
 		r.follow(s, nil)
 		r.refused = route.Refused
-	} else {
+	case r.retired:
+		r.judged = s
+	default:
 		r.follow(s, chain)
 	}
+}
+
+// passes reports whether the connections of bytes of a chain go where they were going, as they are.
+func passes(s *mesh.Snapshot, chain *mesh.FilterChain) bool {
+	if chain.TCP == nil || len(chain.TCP.Clusters) != 1 {
+		return false
+	}
+	c := s.Cluster(chain.TCP.Clusters[0].Name)
+	if c == nil || c.Refused || c.Discovery != mesh.OriginalDestination {
+		return false
+	}
+	t := c.TransportTo(&mesh.Endpoint{})
+	return t == nil || t.TLS == nil && !t.Refused
 }
 
 // follow finds the routes of the filter chain that the connection meets in a snapshot. chain may be nil.
