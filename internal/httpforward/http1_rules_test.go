@@ -189,24 +189,26 @@ func TestTheRecordOfAMalformedMessageNamesItsRule(t *testing.T) {
 // A server that sends interim responses faster than they are forwarded gives the engine no rest. It does not keep the
 // request timeout from being looked at.
 func TestInterimResponsesDoNotProlongARequest(t *testing.T) {
-	o := newOrigin(t)
-	r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout, c.maxInterim = 20*time.Millisecond, math.MaxInt })
-	client := r.dial(t)
-	send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-	go io.Copy(io.Discard, client)
-	upstream := o.accept()
-	head(t, bufio.NewReader(upstream))
-	flood := strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 10_000)
-	var err error
-	for sent := 0; sent < 120<<20 && err == nil; sent += len(flood) {
-		_, err = io.WriteString(upstream, flood)
-	}
-	if err == nil {
-		t.Fatal("all of the flood was forwarded")
-	}
-	if got := r.records.await(t, 0); got.reason != flow.RequestTimeout {
-		t.Errorf("the record is %s, %d: %v", got.reason, got.status, got.err)
-	}
+	nettest.UnderLimit(t, 20*time.Millisecond, func(t testing.TB, limit time.Duration) { // in which the request reaches upstream
+		o := newOrigin(t)
+		r := newRig(t, o.address, false, plain, func(c *Config) { c.RequestTimeout, c.maxInterim = limit, math.MaxInt })
+		client := r.dial(t)
+		send(t, client, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+		go io.Copy(io.Discard, client)
+		upstream := o.accept()
+		head(t, bufio.NewReader(upstream))
+		flood, most := strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 10_000), int(limit.Milliseconds())*6<<20
+		var err error
+		for sent := 0; sent < most && err == nil; sent += len(flood) {
+			_, err = io.WriteString(upstream, flood)
+		}
+		if err == nil {
+			t.Fatal("all of the flood was forwarded")
+		}
+		if got := r.records.await(t, 0); got.reason != flow.RequestTimeout {
+			t.Errorf("the record is %s, %d: %v", got.reason, got.status, got.err)
+		}
+	})
 }
 
 func TestInterimResponsesAreLimited(t *testing.T) {

@@ -91,7 +91,7 @@ func (l *lease) End(o Outcome) {
 }
 
 // check fails unless each lease has ended once, with these outcomes in their order; nil: with any.
-func (l *leases) check(t *testing.T, want []Outcome) {
+func (l *leases) check(t testing.TB, want []Outcome) {
 	t.Helper()
 	within(t, "the leases end", func() bool {
 		l.mu.Lock()
