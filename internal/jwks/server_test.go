@@ -48,7 +48,7 @@ func cluster(name string, at net.Addr) *mesh.Cluster {
 }
 
 // storeOf returns a Store that fetches from clusters, its clock, and its log.
-func storeOf(t *testing.T, clusters ...*mesh.Cluster) (*Store, *clock, *lockedLog) {
+func storeOf(t testing.TB, clusters ...*mesh.Cluster) (*Store, *clock, *lockedLog) {
 	t.Helper()
 	edit := (*mesh.Snapshot)(nil).Edit()
 	for _, c := range clusters {
@@ -486,13 +486,16 @@ func TestRetriesOfFetches(t *testing.T) {
 
 // A server that is down denies tokens. The time of the whole fetch bounds its attempts.
 func TestAServerThatIsDown(t *testing.T) {
-	s, _, log := storeOf(t, cluster("c", net.TCPAddrFromAddrPort(nettest.Refusing(t))))
-	from := remote("c", "/")
-	from.Service.Timeout = 50 * time.Millisecond
-	from.Retries, from.BackOff, from.MaxBackOff = maxRetries, time.Hour, time.Hour
-	if got := judge(s, filterOf(from), newSigner(t, "k").token(t)); got != fetchFailed || !strings.Contains(log.String(), "refused") {
-		t.Errorf("%q; log:\n%s", got, log)
-	}
+	token := newSigner(t, "k").token(t)
+	nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) { // in which a refusal comes
+		s, _, log := storeOf(t, cluster("c", net.TCPAddrFromAddrPort(nettest.Refusing(t))))
+		from := remote("c", "/")
+		from.Service.Timeout = limit
+		from.Retries, from.BackOff, from.MaxBackOff = maxRetries, time.Hour, time.Hour
+		if got := judge(s, filterOf(from), token); got != fetchFailed || !strings.Contains(log.String(), "refused") {
+			t.Errorf("%q; log:\n%s", got, log)
+		}
+	})
 }
 
 // A push changes a provider while its keys are fetched: the answer to the old request never becomes the new provider's keys.

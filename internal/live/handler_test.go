@@ -25,7 +25,7 @@ func serve(t *testing.T, sources Sources) (*View, *flow.Table, *httptest.Server)
 }
 
 // serveWithin is serve with a time limit of the server for requests that do not extend it.
-func serveWithin(t *testing.T, limit time.Duration, sources Sources) (*View, *flow.Table, *httptest.Server) {
+func serveWithin(t testing.TB, limit time.Duration, sources Sources) (*View, *flow.Table, *httptest.Server) {
 	t.Helper()
 	v := New(Config{Version: "v1"})
 	table := flow.NewTable(v)
@@ -64,7 +64,7 @@ func get(t *testing.T, address string, fields ...string) (int, http.Header, stri
 func withClose(r *http.Request) *http.Request { r.Close = true; return r }
 
 // follow opens a stream, waits until the view has the follower, and returns the lines.
-func follow(t *testing.T, v *View, address string) *bufio.Scanner {
+func follow(t testing.TB, v *View, address string) *bufio.Scanner {
 	t.Helper()
 	before := len(v.following.list())
 	r, _ := http.NewRequestWithContext(t.Context(), "GET", address, nil)
@@ -458,19 +458,24 @@ func FuzzFilter(f *testing.F) {
 }
 
 func TestAStreamOutlivesTheServersTimeLimits(t *testing.T) {
-	v, table, server := serveWithin(t, 500*time.Millisecond, Sources{}) // less than the time between two snapshots
-	tap := follow(t, v, server.URL+"/live/tap")
-	events := follow(t, v, server.URL+"/live/events")
-	for snapshots := 0; snapshots < 2; { // the first comes at once, and the other after a second
-		if !events.Scan() {
-			t.Fatalf("the events end after %d snapshots: %v", snapshots, events.Err())
+	nettest.UnderLimit(t, 500*time.Millisecond, func(t testing.TB, limit time.Duration) { // in which a request is read
+		v, table, server := serveWithin(t, limit, Sources{})
+		began := time.Now()
+		tap := follow(t, v, server.URL+"/live/tap")
+		events := follow(t, v, server.URL+"/live/events")
+		// The first comes at once, and the others after a second each: one at least after the limit.
+		for snapshots, late := 0, false; snapshots < 2 || !late; {
+			if !events.Scan() {
+				t.Fatalf("the events end after %d snapshots: %v", snapshots, events.Err())
+			}
+			if events.Text() == "event: snapshot" {
+				snapshots++
+				late = time.Since(began) > 2*limit
+			}
 		}
-		if events.Text() == "event: snapshot" {
-			snapshots++
+		ended(table, open(table, flow.Inbound, flow.HTTP11), nil)
+		if !tap.Scan() || !strings.Contains(tap.Text(), "example.test") {
+			t.Errorf("the tap ended, or sent %q: %v", tap.Text(), tap.Err())
 		}
-	}
-	ended(table, open(table, flow.Inbound, flow.HTTP11), nil)
-	if !tap.Scan() || !strings.Contains(tap.Text(), "example.test") {
-		t.Errorf("the tap ended, or sent %q: %v", tap.Text(), tap.Err())
-	}
+	})
 }
