@@ -105,6 +105,7 @@ func overload(t *testing.T, from *nettest.Namespace, address string, n int) (rel
 // probe asks for readiness on a connection that stays open, and returns the status.
 func probe(t *testing.T, conn net.Conn) int {
 	t.Helper()
+	conn.SetDeadline(time.Now().Add(nettest.Patience))
 	writes(t, conn, "GET /healthz/ready HTTP/1.1\r\nHost: pod\r\n\r\n")
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {

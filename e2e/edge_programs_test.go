@@ -228,6 +228,7 @@ func TestGatewayHoldsNoBodies(t *testing.T) {
 		for version, client := range e.clients() {
 			t.Run(version, func(t *testing.T) {
 				defer client.CloseIdleConnections()
+				client.Timeout = 10 * nettest.Patience // for all of the body
 				echoes(t, client, scheme+"://shop.example:8443/", size)
 			})
 		}

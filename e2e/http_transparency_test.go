@@ -82,7 +82,7 @@ func TestLargeBodiesArriveWhole(t *testing.T) {
 	}
 	sent, want := digest(t, bulk('c', size)), digest(t, bulk('s', size))
 	newStage(t).everyDialogue(t, handler, func(t *testing.T, d *dialogue) {
-		d.client.Timeout = 3 * nettest.Patience // the machine is busy with other tests, and there is much to carry
+		d.client.Timeout = 10 * nettest.Patience // the machine is busy with other tests, and there is much to carry
 		for _, length := range []int64{size, -1} {
 			request := d.request(t, "POST", "/", bulk('c', size))
 			request.ContentLength = length

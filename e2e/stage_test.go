@@ -230,9 +230,12 @@ func writes(t testing.TB, conn net.Conn, text string) {
 	}
 }
 
-// converse sends a word in each direction, to prove that the connection is carried.
+// converse sends a word in each direction, to prove that the connection is carried. It has patience, however old the connection is.
 func converse(t testing.TB, downstream, upstream net.Conn) {
 	t.Helper()
+	for _, end := range []net.Conn{downstream, upstream} {
+		end.SetDeadline(time.Now().Add(nettest.Patience))
+	}
 	writes(t, downstream, "question")
 	reads(t, upstream, "question")
 	writes(t, upstream, "answer")

@@ -401,24 +401,21 @@ func TestAccessLogRotation(t *testing.T) {
 	w := s.inbound()
 	address := w.serveScript(t, serveQuickly)
 	path := func(serial int) string { return fmt.Sprintf("/%d?%s", serial, strings.Repeat("x", 400)) } // more than one write in a round
-	moved := make(chan struct{})
-	next := make(chan int)
-	go func() { // the mover: a round of requests passes while the file is moved
-		defer close(moved)
-		for round := range next {
-			os.Rename(name, fmt.Sprint(name, ".", round))
-			s.agent.Signal(syscall.SIGHUP)
-		}
-	}()
 	for round := range rounds {
-		next <- round
+		moved := make(chan error, 1)
+		go func() { // a round of requests passes while the file is moved
+			err := os.Rename(name, fmt.Sprint(name, ".", round))
+			s.agent.Signal(syscall.SIGHUP)
+			moved <- err
+		}()
 		w.askFor(t, address, perRound, func(serial int) string { return path(round*perRound + serial) })
+		if err := <-moved; err != nil {
+			t.Fatal(err)
+		}
 		if _, err := os.Stat(name); err != nil && !nettest.Within(nettest.Patience, func() bool { _, err := os.Stat(name); return err == nil }) {
 			t.Fatalf("round %d: SIGHUP made no new file", round)
 		}
 	}
-	close(next)
-	<-moved
 	s.agent.Signal(syscall.SIGTERM)
 	if code := s.agent.ends(t, nettest.Patience); code != 0 {
 		t.Errorf("exit code %d", code)

@@ -227,7 +227,7 @@ func TestAnUnreachableUpstreamBecomesAReset(t *testing.T) {
 
 func TestIdleTimeout(t *testing.T) {
 	t.Parallel()
-	s := newStage(t, "--idle-timeout", "3s") // a loaded machine needs some time to connect
+	s := newStage(t, "--idle-timeout", "6s") // a loaded machine needs some time to connect
 	w := s.inbound()
 	downstream, upstream := w.connect(t)
 	converse(t, downstream, upstream)
@@ -263,16 +263,13 @@ func TestAGibibyteEachWayArrivesWhole(t *testing.T) {
 	for _, w := range []way{s.inbound(), s.outbound()} {
 		t.Run(w.name, func(t *testing.T) {
 			downstream, upstream := w.connect(t)
-			for _, side := range []*net.TCPConn{downstream, upstream} {
-				side.SetDeadline(time.Now().Add(3 * time.Minute))
-			}
 			var ends sync.WaitGroup
 			for _, side := range [][2]*net.TCPConn{{downstream, upstream}, {upstream, downstream}} {
 				sent, got := sha256.New(), sha256.New()
 				var received int64
 				var transfer sync.WaitGroup
 				transfer.Go(func() { sendBulk(t, side[0], sent, 1<<30) })
-				transfer.Go(func() { received, _ = io.Copy(got, onlyReader{side[1]}) })
+				transfer.Go(func() { received, _ = io.Copy(got, patientReader{side[1]}) })
 				ends.Go(func() {
 					transfer.Wait()
 					if received != 1<<30 || !bytes.Equal(sent.Sum(nil), got.Sum(nil)) {
@@ -293,13 +290,22 @@ func TestAGibibyteEachWayArrivesWhole(t *testing.T) {
 // onlyReader hides the other methods of a connection from io.Copy, so that it does not splice past the hash.
 type onlyReader struct{ io.Reader }
 
-// sendBulk writes n pseudo-random bytes, hashes them, and closes its half.
+// patientReader bounds the silence of a connection, and not the time of all that it carries.
+type patientReader struct{ conn net.Conn }
+
+func (r patientReader) Read(b []byte) (int, error) {
+	r.conn.SetReadDeadline(time.Now().Add(nettest.Patience))
+	return r.conn.Read(b)
+}
+
+// sendBulk writes n pseudo-random bytes, hashes them, and closes its half. It has patience for each block.
 func sendBulk(t testing.TB, conn *net.TCPConn, sum hash.Hash, n int64) {
 	block := make([]byte, 1<<18)
 	rand.Read(block)
 	for sent := int64(0); sent < n; sent += int64(len(block)) {
 		binary.BigEndian.PutUint64(block, uint64(sent))
 		sum.Write(block)
+		conn.SetWriteDeadline(time.Now().Add(nettest.Patience))
 		if _, err := conn.Write(block); err != nil {
 			t.Errorf("after %d bytes: %v", sent, err)
 			return
