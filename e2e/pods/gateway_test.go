@@ -16,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -27,6 +28,10 @@ const (
 	gatewayPort   = 8443
 	readinessPort = 15021
 )
+
+// gatewayDrainDelay is how long the pod of deploy accepts connections after SIGTERM. A busy machine needs a part of it for the programs
+// that send the signal and ask for readiness.
+const gatewayDrainDelay = 10 * time.Second
 
 // gatewayVolume has the root of the mesh, and the certificate of the gateway.
 const gatewayVolume = "/var/run/secrets/istio"
@@ -290,20 +295,23 @@ func replaceGateway(t *testing.T, n *node) {
 	}
 	halt := sync.OnceFunc(func() { close(stop); running.Wait() })
 	defer halt()
-	more := func(what string, each int64) {
-		t.Helper()
+	served := func(each int64) func() bool { // by each caller, from now on
 		before := make([]int64, len(callers))
 		for i, c := range callers {
 			before[i] = c.served.Load()
 		}
-		nettest.Eventually(t, what, func() bool {
+		return func() bool {
 			for i, c := range callers {
 				if c.served.Load() < before[i]+each {
 					return false
 				}
 			}
 			return true
-		})
+		}
+	}
+	more := func(what string, each int64) {
+		t.Helper()
+		nettest.Eventually(t, what, served(each))
 	}
 	more("requests to the old pod", 100)
 	next := n.play(t, manifest, "gateway-new")
@@ -320,7 +328,7 @@ func replaceGateway(t *testing.T, n *node) {
 		response.Body.Close()
 		return response.StatusCode == http.StatusServiceUnavailable
 	})
-	more("requests while the Service does not follow yet", 20)
+	nettest.Within(gatewayDrainDelay/4, served(20)) // while the Service does not follow yet
 	s.endpoints(next)
 	if code := old.ends(t, "istio-proxy"); code != "0" {
 		t.Errorf("the old pod ends with %s", code)

@@ -293,7 +293,7 @@ func (n *node) play(t testing.TB, text, name string, replacements ...string) *po
 	state := strings.Fields(n.podman(t, "inspect", infra, "--format", "{{.State.Pid}} {{.NetworkSettings.Networks."+podNetwork+".IPAddress}}"))
 	p.Namespace = nettest.Open(t, name, filepath.Join(n.root, "proc", state[0], "ns/net"))
 	p.address = netip.MustParseAddr(state[1])
-	p.exec(t, "pilot-agent", "wait", "--timeoutSeconds", "20", "--periodMillis", "20")
+	p.exec(t, "pilot-agent", "wait", "--timeoutSeconds", "120", "--periodMillis", "20")
 	return p
 }
 
