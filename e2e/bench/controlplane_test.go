@@ -147,7 +147,7 @@ func (p *meshPod) putInto(t testing.TB, c *nettest.Cgroup) {
 func (p *meshPod) awaitListening(t testing.TB) {
 	t.Helper()
 	p.Do(t, func() error {
-		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		for deadline := time.Now().Add(nettest.Patience); ; time.Sleep(5 * time.Millisecond) {
 			err := askReady()
 			if err == nil || strings.HasPrefix(err.Error(), "unexpected answer") {
 				return nil
@@ -162,7 +162,7 @@ func (p *meshPod) awaitListening(t testing.TB) {
 // awaitKept waits until the agent has saved its configuration and its certificate.
 func (p *meshPod) awaitKept(t testing.TB) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(nettest.Patience); ; time.Sleep(50 * time.Millisecond) {
 		entries, err := os.ReadDir(p.kept)
 		if err != nil {
 			t.Fatal(err)

@@ -38,7 +38,7 @@ func (l *loop) add(fd int, r reader) error {
 }
 
 // patience is the time after which a load without events fails.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // run calls readers until done returns true. It fails when no event arrives for patience; 0 means no limit.
 func (l *loop) run(patience time.Duration, done func() bool) error {

@@ -79,7 +79,7 @@ func (p *proxy) traceCalls(t testing.TB, pod *nettest.Namespace, fn func()) map[
 	p.awaitTracer(t)
 	fn()
 	strace.Signal(syscall.SIGINT) // strace detaches and prints its counts
-	if _, err := strace.Wait(10 * time.Second); err != nil {
+	if _, err := strace.Wait(nettest.Patience); err != nil {
 		t.Fatal(err)
 	}
 	calls := make(map[string]int)
@@ -98,7 +98,7 @@ func (p *proxy) traceCalls(t testing.TB, pod *nettest.Namespace, fn func()) map[
 // awaitTracer waits until every thread of the process is traced.
 func (p *proxy) awaitTracer(t testing.TB) {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(nettest.Patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", p.pid))
 		if err != nil {
 			t.Fatal(err)

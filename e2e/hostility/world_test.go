@@ -151,10 +151,13 @@ func (w *world) start(t testing.TB, ns *nettest.Namespace, before []string, role
 	return h
 }
 
+// patience is for helpers: under the race detector and on a busy machine, an attack needs a minute until it is at its worst.
+const patience = 5 * nettest.Patience
+
 // await waits until the helper prints the line.
 func (h *helper) await(t testing.TB, line string) {
 	t.Helper()
-	defer time.AfterFunc(nettest.Patience, h.Kill).Stop()
+	defer time.AfterFunc(patience, h.Kill).Stop()
 	if got, err := h.lines.ReadString('\n'); strings.TrimSpace(got) != line {
 		t.Fatalf("the helper printed %q, and %v; want %q", got, err, line)
 	}
