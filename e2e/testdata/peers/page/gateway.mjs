@@ -12,9 +12,11 @@ import { chromium } from 'playwright-core';
 
 const [executablePath, address, keys] = process.argv.slice(2);
 const profile = mkdtempSync(join(tmpdir(), 'gateway-'));
+const patience = 60_000; // ms: a browser beside other tests is slow
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath,
   headless: true,
+  timeout: patience,
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
     '--disable-sync', '--no-proxy-server', '--host-resolver-rules=MAP * ' + address, '--ignore-certificate-errors-spki-list=' + keys],
 });
@@ -65,6 +67,7 @@ const steps = {
 };
 
 try {
+  browser.setDefaultTimeout(patience);
   const page = await browser.newPage();
   await page.goto('http://shop.example:8080/redirected');
   assert.equal(page.url(), 'https://shop.example:8443/redirected');

@@ -14,17 +14,20 @@ import { chromium } from 'playwright-core';
 
 const [executablePath, page_, control, pictures] = process.argv.slice(2);
 const profile = mkdtempSync(join(tmpdir(), 'page-'));
+const patience = 60_000; // ms: a browser beside other tests is slow
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath,
   headless: true,
   viewport: { width: 1280, height: 800 },
   colorScheme: 'light',
+  timeout: patience,
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
     '--disable-component-update', '--disable-sync'],
 });
 const make = async what => assert.equal((await fetch(control + what)).status, 200, what);
 
 try {
+  browser.setDefaultTimeout(patience);
   const page = await browser.newPage();
   const wrong = [];
   page.on('console', message => { if (['error', 'warning'].includes(message.type())) wrong.push('console: ' + message.text()); });
@@ -33,7 +36,7 @@ try {
   page.on('response', response => { if (response.status() >= 400) wrong.push(response.status() + ' ' + response.url()); });
   page.on('request', request => { if (!request.url().startsWith(page_) && !request.url().startsWith('data:')) wrong.push('elsewhere: ' + request.url()); });
   const rows = () => page.locator('#records tr');
-  const until = (condition, argument) => page.waitForFunction(condition, argument, { timeout: 15000 });
+  const until = (condition, argument) => page.waitForFunction(condition, argument, { timeout: patience });
   const narrow = () => page.evaluate(() => document.documentElement.scrollWidth <= innerWidth);
   const picture = name => page.screenshot({ path: join(pictures, name + '.png'), fullPage: true });
 
