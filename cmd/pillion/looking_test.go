@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -218,12 +217,7 @@ func TestStatusShowsTheAgent(t *testing.T) {
 }
 
 func TestWithoutAnAgentTheErrorHasARemedy(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed := listener.Addr().String()
-	listener.Close()
+	closed := nettest.Refusing(t).String()
 	for _, command := range []string{"tap", "top", "status"} {
 		_, _, err := lookAt(t.Context(), command, "--admin", closed)
 		if err == nil || !strings.Contains(err.Error(), "http://"+closed+"/live") || !strings.Contains(err.Error(), "connection refused") ||

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -52,15 +53,14 @@ func TestWhichRequestsAreSentAgain(t *testing.T) {
 
 func TestADownstreamConnectionOutlivesItsUpstreamConnection(t *testing.T) {
 	now := time.Now()
-	open, closed := newOrigin(t), newOrigin(t)
-	closed.listener.Close()
+	open, closed := newOrigin(t), nettest.Refusing(t)
 	for _, c := range []struct {
 		name string
 		s    session
 		want bool
 	}{
 		{"inbound, while the workload listens", session{Connection: &Connection{Target: upstream.Target{Address: open.address}}}, true},
-		{"inbound, when the workload listens no more", session{Connection: &Connection{Target: upstream.Target{Address: closed.address}}}, false},
+		{"inbound, when the workload listens no more", session{Connection: &Connection{Target: upstream.Target{Address: closed}}}, false},
 		{"inbound, authenticated", session{bound: true, Connection: &Connection{Target: upstream.Target{Address: open.address}}}, false},
 		{"outbound, while a request may be on its way", session{lastUse: now.Add(time.Hour), Connection: &Connection{Target: upstream.Target{Balanced: true}}}, true},
 		{"outbound, authenticated", session{bound: true, lastUse: now.Add(time.Hour), Connection: &Connection{Target: upstream.Target{Balanced: true}}}, false},
