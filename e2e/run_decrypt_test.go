@@ -86,18 +86,7 @@ func newSite(t *testing.T, c *caller) *site {
 // decrypted runs a command with --decrypt. It trusts the site only if trusts is set.
 func (s *site) decrypted(t testing.TB, trusts bool, command ...string) (output, complaints string, records []live.Record) {
 	t.Helper()
-	for attempt := 0; ; attempt++ {
-		output, complaints, records = s.decryptedBy(t, nil, trusts, command...)
-		if attempt == 3 || !slices.ContainsFunc(records, hastilyEnded) {
-			return output, complaints, records
-		}
-	}
-}
-
-// hastilyEnded reports whether the site has ended the connection of a request before it read anything. Go's server does so with a
-// new connection of HTTP/2 whose settings it has not read for 2 s, and on a busy machine that happens.
-func hastilyEnded(r live.Record) bool {
-	return r.Status == 503 && r.Flags == "UC" && r.Protocol == "HTTP/2"
+	return s.decryptedBy(t, nil, trusts, command...)
 }
 
 // decryptedBy is decrypted with further flags. Go's server closes a connection on which a client's settings of HTTP/2 do not come within
