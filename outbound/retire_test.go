@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -146,4 +147,59 @@ func TestALostEndpointOfOneClusterKeepsTheConnectionsOfAnother(t *testing.T) {
 		t.Errorf("the other cluster's connection was %s, and is %s after the push", kept, again)
 	}
 	client.Close()
+}
+
+// When a push brings routes for the port of an open connection, the connection ends in order: no request is lost, and those of the
+// next connection are routed.
+func TestAPushThatBringsRoutesRetiresConnections(t *testing.T) {
+	for _, two := range []bool{false, true} {
+		r := newRouted(t, to("v2"))
+		r.serve(t, 82, 83)
+		r.cluster("v1", nil, 82)
+		r.cluster("v2", nil, 83)
+		r.Discard()
+		listener := r.plane.InForce.Load().Listener("0.0.0.0_81")
+		r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "v1", Weight: 1}}})
+		dials := 0
+		transport := &http.Transport{Protocols: new(http.Protocols)}
+		transport.Protocols.SetHTTP1(!two)
+		transport.Protocols.SetUnencryptedHTTP2(two)
+		transport.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			dials++
+			return r.TryDial(r.At(81))
+		}
+		defer transport.CloseIdleConnections()
+		client := &http.Client{Transport: transport, Timeout: nettest.Patience}
+		get := func() string {
+			t.Helper()
+			response, err := client.Post("http://web/", "text/plain", strings.NewReader("body")) // the client does not send it again
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			body, err := io.ReadAll(response.Body)
+			if err != nil || response.StatusCode != 200 {
+				t.Fatalf("status %d, %v", response.StatusCode, err)
+			}
+			return string(body)
+		}
+		for range 3 {
+			if body := get(); body != "82" || dials != 1 {
+				t.Fatalf("%s answered over %d connections", body, dials)
+			}
+		}
+		r.cluster("v1", func(c *mesh.Cluster) { c.ConnectTimeout = time.Second }, 82) // nothing of the connection's
+		r.Wake()
+		for range 3 {
+			if body := get(); body != "82" || dials != 1 {
+				t.Fatalf("after another push, %s answered over %d connections", body, dials)
+			}
+		}
+		r.push(func(e *mesh.Edit) { e.SetListener(listener.Name, listener) })
+		r.Wake()
+		nettest.Eventually(t, "requests to be routed", func() bool { return get() == "83" })
+		if get() != "83" || dials != 2 {
+			t.Errorf("%d connections", dials)
+		}
+	}
 }

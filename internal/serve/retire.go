@@ -95,10 +95,14 @@ func (h *watched) transport(s *mesh.Snapshot, config *mesh.Cluster) *mesh.Transp
 	return nil
 }
 
-// single is the Router of outbound HTTP in a filter chain for TCP: all requests go to the connection's endpoint.
+// single is the Router of outbound HTTP in a filter chain for TCP: all requests go to the connection's endpoint. The connection is
+// also retired when a push has brought routes for it, so that its client's next connection is routed.
 type single struct {
 	watched
 	allowed httpforward.Decision
+	info    mesh.ConnInfo
+	met     *mesh.Snapshot // by whose filter chains routed is
+	routed  bool           // the filter chain for the connection is one for HTTP
 }
 
 // single returns the Router of a connection whose endpoint was chosen; nil: it goes to its destination.
@@ -106,9 +110,11 @@ func (c *Conn) single(to *upstream.Target) httpforward.Router {
 	if c.governed.chosen == nil {
 		return nil
 	}
+	g := c.governed
 	return &single{
-		*c.role.watch(c.governed.snapshot, c.governed.chosen, to, inside(c.protocol)),
-		httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
+		watched: *c.role.watch(g.snapshot, g.chosen, to, inside(c.protocol)),
+		allowed: httpforward.Decision{Target: *to, Cluster: c.Record.Cluster, Route: c.Record.Route},
+		info:    c.info(), met: g.snapshot,
 	}
 }
 
@@ -121,7 +127,16 @@ func (s *single) Route(*httpforward.Request) httpforward.Decision {
 }
 
 // Retired implements httpforward.Retirement.
-func (s *single) Retired() bool { return s.gone() }
+func (s *single) Retired() bool { return s.gone() || s.isRouted() }
+
+// isRouted looks at the configuration in force, if that is another one than before.
+func (s *single) isRouted() bool {
+	if now := s.role.mesh.Snapshot(); now != s.met {
+		chain, _ := s.role.meet(now, &s.info)
+		s.met, s.routed = now, chain != nil && chain.HTTP != nil
+	}
+	return s.routed
+}
 
 // trusted are the roots of an identity, and the value that stands for all equal ones.
 type trusted struct{ seen, same *identity.Roots }
