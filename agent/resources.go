@@ -3,6 +3,7 @@ package agent
 import (
 	"crypto/x509"
 	"encoding/json"
+	"fmt"
 	"iter"
 	"net/netip"
 	"strings"
@@ -121,6 +122,7 @@ func (a *Agent) inUse(cluster string) (list []configview.Endpoint, ok bool) {
 		if e.Usable, e.Active = state.Healthy, max(state.Active(), 0); state.Ejected() {
 			e.Health = configview.Ejected
 		}
+		e.Load, e.Panic = fmt.Sprintf("%d%%", state.Load), state.Panic
 		list = append(list, e)
 	}
 	return list, true

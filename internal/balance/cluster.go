@@ -286,18 +286,24 @@ type HostState struct {
 	Endpoint mesh.Endpoint
 	Locality *mesh.Locality
 	Weight   uint32 // as configured
-	Healthy  bool   // gets requests; false for one that is ejected or of which the control plane says so
+	Healthy  bool   // false for one that is ejected or of which the control plane says so
+	Load     uint32 // percent of the cluster's requests that the hosts of its priority get together
+	Panic    bool   // too few hosts of its priority are healthy, so that all of them get its requests
 }
 
 // Hosts returns the hosts in the order of their priorities.
 func (c *Cluster) Hosts() []HostState {
 	v := c.view.Load()
 	var all []HostState
-	for i := range v.members {
-		m := &v.members[i]
-		if m.endpoint != nil {
-			all = append(all, HostState{m.host, *m.endpoint, m.locality, m.endpoint.Weight, m.usable})
+	before := uint32(0)
+	for i := range v.levels {
+		l := &v.levels[i]
+		for k := range l.all {
+			if m := &l.all[k]; m.endpoint != nil {
+				all = append(all, HostState{m.host, *m.endpoint, m.locality, m.endpoint.Weight, m.usable, l.load - before, l.panic})
+			}
 		}
+		before = l.load
 	}
 	return all
 }

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -272,6 +273,48 @@ func TestPanic(t *testing.T) {
 	_, c, _ = newTest(t, clusterOf(mesh.LeastRequest, panics), nil)
 	if _, failure := c.Pick(&Request{}); failure != NoHost {
 		t.Errorf("without endpoints: failure %d", failure)
+	}
+}
+
+// The states of hosts tell who gets the requests: the load of each priority, and whether it is in a panic. The requests follow.
+func TestHostsTellWhoGetsRequests(t *testing.T) {
+	const n = 20000
+	up, down := mesh.Healthy, mesh.Unhealthy
+	for _, test := range []struct {
+		hosts *mesh.Assignment
+		panic float64
+		want  string // load by host; !: in a panic
+	}{
+		{assignment([]mesh.Health{up}, []mesh.Health{up}), 50, "100 0"},
+		{assignment([]mesh.Health{up, down}, []mesh.Health{up}), 50, "70 70 30"},
+		{assignment([]mesh.Health{down}, []mesh.Health{up}), 50, "0 100"},
+		{assignment([]mesh.Health{down}, []mesh.Health{down, down, down}), 50, "25! 75! 75! 75!"},
+		{assignment([]mesh.Health{up, down, down, down}, []mesh.Health{up, up, down, down, down}), 30, "39! 39! 39! 39! 61 61 61 61 61"},
+	} {
+		_, c, _ := newTest(t, clusterOf(mesh.RoundRobin, func(c *mesh.Cluster) { c.Balancing.PanicBelow = test.panic }), test.hosts)
+		var got []string
+		getting := map[uint32]float64{} // hosts that get requests, by priority
+		for _, h := range c.Hosts() {
+			text := fmt.Sprint(h.Load)
+			if h.Panic {
+				text += "!"
+			}
+			got = append(got, text)
+			if h.Panic || h.Healthy {
+				getting[h.Locality.Priority]++
+			}
+		}
+		if text := strings.Join(got, " "); text != test.want {
+			t.Errorf("the load is %s, want %s", text, test.want)
+		}
+		counts := spread(t, c, n, &Request{})
+		for _, h := range c.Hosts() {
+			share := 0.0
+			if h.Panic || h.Healthy {
+				share = float64(h.Load) / 100 / getting[h.Locality.Priority]
+			}
+			within(t, test.want+" "+h.Address.String(), counts[h.Address], n, share)
+		}
 	}
 }
 

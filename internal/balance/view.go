@@ -51,6 +51,7 @@ func (m *member) tls() *mesh.UpstreamTLS {
 type level struct {
 	load    uint32 // percent of the requests that go to this level and those before it
 	health  uint32 // percent
+	panic   bool   // health is ignored
 	all     []member
 	sets    []set // one, or one for each locality if these are weighted
 	weights []uint64
@@ -181,7 +182,7 @@ func (v *view) build() {
 	first, load := 0, uint32(0)
 	for i, h := range healths {
 		load += h.load
-		v.levels[i].load, v.levels[i].health, v.levels[i].all = load, h.health(), v.members[first:first+h.total]
+		v.levels[i].load, v.levels[i].health, v.levels[i].panic, v.levels[i].all = load, h.health(), h.panic, v.members[first:first+h.total]
 		v.levels[i].fill(v.members[first:first+h.total], h.panic, &v.config.Balancing)
 		first += h.total
 	}

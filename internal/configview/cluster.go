@@ -40,6 +40,8 @@ type Endpoint struct {
 	MeshTLS  bool   `json:"meshTLS"`            // it ends mutual TLS of the mesh
 	Workload string `json:"workload,omitempty"` // name.namespace
 	Active   int64  `json:"active,omitempty"`   // requests in progress, if that is known
+	Load     string `json:"load,omitempty"`     // part of the requests that the endpoints of its priority get, in percent, if that is known
+	Panic    bool   `json:"panic,omitempty"`    // all endpoints of its priority get requests, because too few are usable
 }
 
 // Ejected is the Health of an endpoint that gets no requests because earlier ones failed.

@@ -200,8 +200,14 @@ func (p *page) cluster(c *configview.Cluster) {
 	p.fact("endpoints", fmt.Sprintf("%d of %d healthy", c.Healthy, c.Endpoints))
 	for _, h := range c.Hosts {
 		words := []string{h.Address, h.Health, fmt.Sprintf("weight %d", h.Weight)}
-		if h.Priority > 0 {
+		switch {
+		case h.Load != "" && h.Load != "100%":
+			words = append(words, fmt.Sprintf("priority %d with %s", h.Priority, h.Load))
+		case h.Priority > 0:
 			words = append(words, fmt.Sprintf("priority %d", h.Priority))
+		}
+		if h.Panic {
+			words = append(words, "in a panic")
 		}
 		if h.Active > 0 {
 			words = append(words, fmt.Sprintf("%d active", h.Active))
@@ -219,7 +225,7 @@ func (p *page) cluster(c *configview.Cluster) {
 }
 
 func healthColour(e configview.Endpoint) string {
-	if e.Usable {
+	if e.Usable || e.Panic {
 		return ""
 	}
 	return red

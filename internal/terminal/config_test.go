@@ -101,6 +101,16 @@ func TestExplanationsAsText(t *testing.T) {
 	golden(t, "explain_all.txt", terminal.Explanation(&routed, true, false))
 	golden(t, "explain_colour.txt", terminal.Explanation(&routed, false, true))
 	golden(t, "explain_denied.txt", terminal.Explanation(&denied, false, true))
+	used := configview.Explanation{Request: "GET http://web/", Direction: "outbound", Destination: "10.0.0.1:80", Result: "sent to web", Clusters: []configview.Target{{Cluster: configview.Cluster{
+		Object: configview.Object{Name: "web", State: configview.Active}, Endpoints: 3, Healthy: 1, Hosts: []configview.Endpoint{
+			{Address: "198.51.100.7:80", Health: configview.Ejected, Weight: 1, Load: "39%", Panic: true},
+			{Address: "198.51.100.8:80", Health: "HEALTHY", Usable: true, Weight: 1, Priority: 1, Load: "61%"},
+			{Address: "198.51.100.9:80", Health: configview.Ejected, Weight: 1, Priority: 1, Load: "61%"},
+		}}}, {Cluster: configview.Cluster{
+		Object: configview.Object{Name: "other", State: configview.Active}, Endpoints: 1, Hosts: []configview.Endpoint{
+			{Address: "198.51.100.7:80", Health: configview.Ejected, Weight: 1, Load: "100%", Panic: true},
+		}}}}}
+	golden(t, "explain_used.txt", terminal.Explanation(&used, false, true))
 }
 
 func golden(t *testing.T, name, got string) {
