@@ -2,7 +2,10 @@ package sandbox
 
 import (
 	"encoding/hex"
+	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -161,6 +164,41 @@ func TestOtherErrorsAreNotExplained(t *testing.T) {
 	for _, err := range []error{unix.ENOMEM, unix.EAGAIN, os.ErrNotExist} {
 		if got := refused(err, false); got != err {
 			t.Errorf("refused(%v) = %v", err, got)
+		}
+	}
+}
+
+// Each setting that forbids user namespaces is named with its remedy, if it has the value that does.
+func TestSettingsThatForbidNamespacesAreNamed(t *testing.T) {
+	before := slices.Clone(switches)
+	t.Cleanup(func() { switches = before })
+	for _, test := range []struct{ path, forbids, permits, remedy string }{
+		{"/proc/sys/kernel/unprivileged_userns_clone", "0", "1", "sysctl kernel.unprivileged_userns_clone=1"},
+		{"/proc/sys/user/max_user_namespaces", "0", "60000", "sysctl user.max_user_namespaces="},
+		{"/proc/sys/user/max_net_namespaces", "0", "60000", "sysctl user.max_net_namespaces="},
+		{"/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "0", "AppArmor profile for pillion"},
+	} {
+		root := t.TempDir() // the other settings do not exist there
+		switches = slices.Clone(before)
+		for i := range switches {
+			switches[i].path = root + switches[i].path
+		}
+		if err := os.MkdirAll(filepath.Dir(root+test.path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for value, named := range map[string]bool{test.forbids: true, test.permits: false} {
+			if err := os.WriteFile(root+test.path, []byte(value+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			for _, errno := range []unix.Errno{unix.EPERM, unix.EACCES, unix.ENOSPC} {
+				err := refused(fmt.Errorf("making namespaces: %w", errno), false)
+				if text := err.Error(); strings.Contains(text, test.path+" is "+value) != named || strings.Contains(text, test.remedy) != named || !errors.Is(err, errno) {
+					t.Errorf("%s is %s: %s", test.path, value, text)
+				}
+				if text := refused(errno, true).Error(); text != errno.Error() {
+					t.Errorf("to a caller with capabilities: %s", text)
+				}
+			}
 		}
 	}
 }
