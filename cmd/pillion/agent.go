@@ -117,7 +117,7 @@ func (o *agentOptions) bind(flags *pflag.FlagSet) {
 	parsedSwitch(flags, &config.ControlPlane.StrictPaths, "strict-paths", "", "with a control plane, answer inbound requests 400 whose path servers may read in different ways")
 	parsedSwitch(flags, &config.ControlPlane.Rejudge, "rejudge-connections", "", "with a control plane, reset an inbound connection that is not HTTP, or one of a gateway, at once when a changed policy denies it")
 	textFlag(flags, &o.kept, "kept-configuration", "path|off|auto", "directory that keeps the last configuration for a restart; auto: "+memoryVolume+" if it exists")
-	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries, which init --redirect-dns redirects to port 15053")
+	parsedSwitch(flags, &config.DNS.Capture, "dns-capture", "", "answer the workload's DNS queries that init --redirect-dns redirects to port 15053")
 	parsed(flags, &config.DNS.Servers, parseServers, "dns-servers", "", "", "addresses", "DNS servers to ask, separated by commas; empty: those in "+agent.ResolvConf)
 	countFlag(flags, &config.DNS.CacheSize, "dns-cache-size", "number of cached DNS answers; 0: no cache")
 	unlisted := func(text string) (bool, error) {
