@@ -398,6 +398,72 @@ func TestExplainAndTapNameTheSame(t *testing.T) {
 	})
 }
 
+// An explanation has the endpoints as they are chosen: those of the first priority, those of the next one when these are ejected, and
+// in a panic all of them. The requests follow.
+func TestExplanationsFollowEjections(t *testing.T) {
+	d, _, _ := newReader(t, strings.Replace(places, "maxEjectionPercent: 100", "maxEjectionPercent: 100, minHealthPercent: 50", 1))
+	conn, err := d.Dial("tcp", "203.0.113.6:9080", patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	in, sent := bufio.NewReader(conn), 0
+	send := func(path, status string) {
+		t.Helper()
+		q := question{"GET", "http://places.test:9080" + path, nil}
+		got, _, err := q.send(conn, in, fmt.Sprint("ejected-", sent))
+		if sent++; err != nil || got != status {
+			t.Fatalf("%v: %s, %v; want %s", &q, got, err, status)
+		}
+	}
+	explained := func(want string) {
+		t.Helper()
+		q := question{"GET", "http://places.test:9080/", nil}
+		await(t, func() error {
+			e, err := d.explain(&q, url.Values{"destination": {"203.0.113.6:9080"}})
+			if err != nil || len(e.Clusters) != 1 {
+				return fmt.Errorf("%+v, %v", e, err)
+			}
+			var hosts []string
+			for _, h := range e.Clusters[0].Hosts {
+				hosts = append(hosts, fmt.Sprint(h.Address, " ", h.Health, " ", h.Load, " ", h.Panic))
+			}
+			if got := strings.Join(hosts, ", "); got != want {
+				return fmt.Errorf("the endpoints are %s, want %s", got, want)
+			}
+			return nil
+		})
+	}
+	const near, far = "203.0.113.6:8080", "203.0.113.7:8080"
+	send("/", "200")
+	explained(near + " HEALTHY 100% false, " + far + " HEALTHY 0% false")
+	send("/fails", "503")
+	send("/fails", "503")
+	explained(near + " EJECTED 0% false, " + far + " HEALTHY 100% false")
+	send("/", "200")
+	send("/fails", "503")
+	send("/fails", "503")
+	explained(near + " EJECTED 50% true, " + far + " EJECTED 50% true")
+	for range 30 {
+		send("/", "200")
+	}
+	reached := map[string]int{}
+	for id, line := range d.happenings(t, "OUTBOUND", sent) {
+		var n int
+		if fmt.Sscanf(id, "ejected-%d", &n); n >= sent-30 {
+			reached[line[3]]++
+		}
+	}
+	if reached[near] == 0 || reached[far] == 0 {
+		t.Errorf("in the panic requests reached %v", reached)
+	}
+	q := question{"GET", "http://places.test:9080/", nil}
+	out, err := d.Run(d.Command(0, 0, d.program, "explain", q.method, q.url, "--destination", "203.0.113.6:9080"))
+	if want := far + ", EJECTED, weight 3, priority 1 with 50%, in a panic"; err != nil || !strings.Contains(string(out), want) {
+		t.Errorf("%v: %q is not in\n%s", err, want, out)
+	}
+}
+
 // awaitTapped runs pillion tap, and sends requests until it prints a line.
 func (d *pod) awaitTapped(t *testing.T, words []string, is func(line string) bool) {
 	t.Helper()
