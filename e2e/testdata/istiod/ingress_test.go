@@ -424,6 +424,77 @@ func TestAGatewayTakesClientsFromTheProxyProtocol(t *testing.T) {
 	}
 }
 
+// deniedClient is denied by the gateway. It is known by the address that the gateway takes for the client's.
+const deniedClient = `
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: client, namespace: default}
+spec:
+  selector: {matchLabels: {istio: ingressgateway}}
+  action: DENY
+  rules: [{from: [{source: {remoteIpBlocks: ["192.0.2.7/32"]}}]}]
+`
+
+// The client of a request is the peer, whatever that says of itself, or with gatewayTopology.numTrustedProxies the one that as many
+// proxies name. Policies and the log have the same client.
+func TestAGatewayTrustsAsManyProxiesAsItHas(t *testing.T) {
+	for proxies, tests := range map[int][]struct {
+		forwarded, client string // client: in the log, with a port unless it is the peer
+		status            int
+	}{
+		0: {{"", outside, 200}, {"192.0.2.7", outside, 200}, {"192.0.2.7, 192.0.2.8", outside, 200}},
+		2: {
+			{"192.0.2.7, 192.0.2.8", "192.0.2.7:0", 403}, {"192.0.2.8, 192.0.2.7", "192.0.2.8:0", 200},
+			{"192.0.2.7, 192.0.2.9, 192.0.2.8", "192.0.2.9:0", 200}, {"192.0.2.9, 192.0.2.7, 192.0.2.8", "192.0.2.7:0", 403},
+			{"192.0.2.7", outside, 200}, {"", outside, 200},
+		},
+	} {
+		t.Run(fmt.Sprintf("%d proxies", proxies), func(t *testing.T) {
+			x := newIngressOf(t, fmt.Sprintf(`{"numTrustedProxies":%d}`, proxies), nil, ingressConfig+deniedClient)
+			client := x.outsider(8080, true)
+			defer client.CloseIdleConnections()
+			await(t, func() error {
+				response, _, err := x.get(client, "http://www.ssoon.dev/")
+				if err == nil && response.StatusCode != 200 {
+					err = errors.New(response.Status)
+				}
+				return err
+			})
+			for i, c := range tests {
+				request, err := http.NewRequest("GET", fmt.Sprintf("http://www.ssoon.dev/forwarded-%d", i), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if c.forwarded != "" {
+					request.Header.Set("X-Forwarded-For", c.forwarded)
+				}
+				response, err := client.Do(request)
+				if err != nil {
+					t.Fatal(err)
+				}
+				io.Copy(io.Discard, response.Body)
+				response.Body.Close()
+				if response.StatusCode != c.status {
+					t.Errorf("forwarded for %q: status %d, want %d", c.forwarded, response.StatusCode, c.status)
+				}
+				address := c.client
+				if address == outside {
+					address += ":" // of the connection
+				}
+				await(t, func() error {
+					for line := range strings.Lines(x.gateway.log.String()) {
+						if strings.Contains(line, request.URL.Path+" ") && strings.Contains(line, " "+address) {
+							return nil
+						}
+					}
+					return fmt.Errorf("forwarded for %q: the log has no request of %s", c.forwarded, address)
+				})
+			}
+		})
+	}
+}
+
 // On SIGTERM the requests of a gateway's connections end in order.
 func TestAGatewayDrains(t *testing.T) {
 	x := newIngress(t, ingressConfig)

@@ -1,6 +1,7 @@
 package istiod
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -19,8 +20,9 @@ import (
 	"github.com/pillion-proxy/pillion/internal/route"
 )
 
-// TestRequestsGoWhereIstiodSimulates compares the way of requests with istiod's own simulation of Envoy, for each case of
-// configuration. The simulation looks at paths only, so the first route whose path matches is compared.
+// TestRequestsGoWhereIstiodSimulates compares the way of requests, and of connections with and without TLS, with istiod's own
+// simulation of Envoy, for each case of configuration. The simulation looks at paths only, so the first route whose path matches is
+// compared.
 func TestRequestsGoWhereIstiodSimulates(t *testing.T) {
 	files, err := filepath.Glob("testdata/cases/*.yaml")
 	if err != nil || len(files) < 15 {
@@ -75,6 +77,96 @@ func compareWays(t *testing.T, sim *simulation.Simulation, kind model.NodeType, 
 	if compared < least {
 		t.Errorf("%s: only %d of %d requests were compared, want at least %d", kind, compared, len(calls), least)
 	}
+	compareChains(t, sim, snapshot, calls)
+}
+
+// compareChains compares the filter chains that connections to the destinations of the calls meet, and the clusters of those of
+// bytes: connections of each protocol, without TLS, with it and with that of the mesh, for each server name.
+func compareChains(t *testing.T, sim *simulation.Simulation, snapshot *mesh.Snapshot, calls []simulation.Call) {
+	names := map[string]bool{"": true, "other.example.test": true}
+	for _, l := range snapshot.Listeners() {
+		for _, c := range l.Chains {
+			for _, name := range c.Match.ServerNames {
+				names[strings.Replace(name, "*", "x", 1)] = true
+			}
+		}
+	}
+	compared, met := 0, map[string]bool{}
+	seen := map[string]bool{}
+	for _, call := range calls {
+		to := fmt.Sprint(call.CallMode, call.Address, " ", call.Port)
+		if seen[to] {
+			continue
+		}
+		seen[to] = true
+		for _, protocol := range []simulation.Protocol{simulation.HTTP, simulation.HTTP2, simulation.TCP} {
+			for _, tls := range []simulation.TLSMode{simulation.Plaintext, simulation.TLS, simulation.MTLS} {
+				for _, name := range slices.Sorted(maps.Keys(names)) {
+					if tls == simulation.Plaintext && name != "" {
+						continue
+					}
+					c := simulation.Call{Address: call.Address, Port: call.Port, Protocol: protocol, TLS: tls, Sni: name, CallMode: call.CallMode}
+					want := sim.Run(c)
+					l, chain := chainOf(snapshot, &c)
+					if l != nil && l.Refused || errors.Is(want.Error, simulation.ErrMultipleFilterChain) {
+						continue
+					}
+					got := result(l, chain, want.Error == nil)
+					wanted := want.ListenerMatched + " " + want.FilterChainMatched + " "
+					if want.Error == nil && want.RouteConfigMatched == "" && want.VirtualHostMatched == "" {
+						wanted += want.ClusterMatched
+					}
+					if got != wanted {
+						t.Errorf("%s %s of TLS %q at %s: %q, istiod has %q (%v)", to, protocol, tls, name, got, wanted, want.Error)
+					}
+					compared++
+					met[got] = true
+				}
+			}
+		}
+	}
+	t.Logf("%d connections were compared, which meet %d filter chains", compared, len(met))
+	if len(calls) > 0 && (compared < 10 || len(met) < 2) {
+		t.Errorf("%d connections were compared, which meet %q", compared, slices.Sorted(maps.Keys(met)))
+	}
+}
+
+// chainOf returns the listener and the filter chain that a call meets. They may be nil.
+func chainOf(s *mesh.Snapshot, call *simulation.Call) (*mesh.Listener, *mesh.FilterChain) {
+	protocols := map[simulation.TLSMode]map[simulation.Protocol]string{
+		simulation.Plaintext: {simulation.HTTP: "http/1.1", simulation.HTTP2: "h2c"},
+		simulation.TLS:       {simulation.HTTP: "http/1.1", simulation.HTTP2: "h2"},
+		simulation.MTLS:      {simulation.HTTP: "istio-http/1.1", simulation.HTTP2: "istio-h2", simulation.TCP: "istio"},
+	}
+	info := mesh.ConnInfo{
+		Destination: netip.AddrPortFrom(netip.MustParseAddr(call.Address), uint16(call.Port)), TLS: call.TLS != simulation.Plaintext, ServerName: call.Sni,
+	}
+	if protocol := protocols[call.TLS][call.Protocol]; protocol != "" {
+		info.Protocols = []string{protocol}
+	}
+	l := s.VirtualListener(call.CallMode == simulation.CallModeInbound)
+	if call.CallMode != simulation.CallModeInbound {
+		if found := s.Destination(info.Destination); found != nil {
+			l = found
+		}
+	}
+	if l == nil {
+		return nil, nil
+	}
+	return l, l.Meet(&info)
+}
+
+// result returns the names of a listener and its filter chain, and of the cluster if it is one for all connections of bytes.
+func result(l *mesh.Listener, chain *mesh.FilterChain, carried bool) string {
+	switch {
+	case l == nil:
+		return "  "
+	case chain == nil:
+		return l.Name + "  "
+	case carried && chain.TCP != nil && len(chain.TCP.Clusters) == 1: // the simulation does not draw weights
+		return l.Name + " " + chain.Name + " " + chain.TCP.Clusters[0].Name
+	}
+	return l.Name + " " + chain.Name + " "
 }
 
 // simulated returns the simulation's resources as a snapshot.
