@@ -298,3 +298,28 @@ func TestRunJudgesDecryptedRequests(t *testing.T) {
 		}
 	})
 }
+
+// The authority of the run is in the files that variables name, for each program that knows one of them, and its key is in none.
+func TestRunGivesItsCommandNoKey(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		s := newSite(t, c)
+		names := []string{"SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO", "AWS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS"}
+		script := `for name in ` + strings.Join(names, " ") + `; do eval "file=\$$name"; curl -sS --cacert "$file" "https://good.example/$name"; echo; done
+echo; env; find "$XDG_RUNTIME_DIR" -type f -path "*pillion-run-*" -exec cat {} +`
+		output, complaints, records := s.decrypted(t, true, "sh", "-c", script)
+		used, files, _ := strings.Cut(output, "\n\n")
+		for _, name := range names {
+			if !strings.Contains(used, "/"+name+" by HTTP/2.0") {
+				t.Errorf("curl with the file of %s printed %q\n%s", name, used, complaints)
+			}
+		}
+		if len(records) != len(names) || strings.Count(files, "-----BEGIN CERTIFICATE-----") < 3 {
+			t.Errorf("%d records, and the files are\n%q", len(records), files)
+		}
+		for _, secret := range []string{"PRIVATE", "\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x04\x6d"} { // PEM; PKCS #8
+			if strings.Contains(files, secret) {
+				t.Errorf("the command sees a key:\n%q", files)
+			}
+		}
+	})
+}

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto/tls"
 	"encoding/hex"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -158,7 +160,7 @@ func TestRunDeniesWhatIsNotAllowed(t *testing.T) {
 			{name: "TLS without a name", command: withCurl("https://" + goodAddress + "/")},
 
 			{name: "another host", command: withCurl("http://evil.example/"), denied: true, dns: true},
-			{name: "an address", command: withCurl("http://" + evilAddress + "/"), denied: true},
+			{name: "an address", command: withCurl("-w", "%{http_code}", "http://"+evilAddress+"/"), denied: true},
 			{name: "an IPv6 address", command: withCurl("http://[" + evilAddress6 + "]/"), denied: true},
 			{name: "TLS to an address", command: withCurl("https://" + evilAddress + "/"), denied: true},
 			{name: "another port", command: withCurl("http://good.example:8080/"), denied: true},
@@ -202,8 +204,11 @@ print("rcode", s.recv(1000)[3] & 15)`}},
 			if a.name == "another DNS server" && output != "rcode 5\n" {
 				t.Errorf("%s: %q, want REFUSED", a.name, output)
 			}
-			if a.name == "an address" && output != "pillion: "+evilAddress+":80 is not allowed by a rule\n" {
-				t.Errorf("%s: %q, want the reason", a.name, output)
+			if a.name == "an address" && output != "pillion: "+evilAddress+":80 is not allowed by a rule\n403" {
+				t.Errorf("%s: %q, want the reason and 403", a.name, output)
+			}
+			if reset := a.name == "TLS to an address" || a.name == "bytes to an address"; reset && !strings.Contains(output, "reset by peer") {
+				t.Errorf("%s: %q, want a reset", a.name, output)
 			}
 		}
 		w.mu.Lock()
@@ -425,6 +430,41 @@ func TestRunInjectsFaults(t *testing.T) {
 			if took := time.Since(began); took < delay {
 				t.Errorf("%s took %v", url, took)
 			}
+		}
+	})
+}
+
+// Faults meet requests to published servers, by their Host.
+func TestRunInjectsFaultsIntoPublishedServers(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		requireProgram(t, "python3")
+		var log logBook
+		cmd := c.command("--publish", "127.0.0.1:9000", "--fault", "host=shop.example,abort=418", "--fault", "host=slow.example,reset", "--",
+			"python3", "-m", "http.server", "9000", "--bind", "127.0.0.1", "--directory", t.TempDir())
+		cmd.Stderr = &log
+		p := c.net.Start(t, cmd)
+		get := func(host string) string {
+			client := &http.Client{Timeout: nettest.Patience, Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil,
+				DialContext: func(_ context.Context, network, _ string) (net.Conn, error) {
+					return c.net.Dial(network, "127.0.0.1:9000", nettest.Patience)
+				}}}
+			response, err := client.Get("http://" + host + "/")
+			if err != nil {
+				return err.Error()
+			}
+			response.Body.Close()
+			return response.Status
+		}
+		nettest.Eventually(t, "the server answers", func() bool { return get("other.example") == "200 OK" })
+		if got := get("shop.example"); !strings.HasPrefix(got, "418 ") {
+			t.Errorf("an aborted request got %q", got)
+		}
+		if got := get("slow.example"); !strings.Contains(got, "reset by peer") {
+			t.Errorf("a request that is reset got %q", got)
+		}
+		p.Signal(syscall.SIGTERM)
+		if status, err := p.Wait(nettest.Patience); status != 128+15 {
+			t.Errorf("exit status %d, %v", status, err)
 		}
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/user"
@@ -445,17 +446,23 @@ func TestRunKeepsTheTerminal(t *testing.T) {
 	})
 }
 
-// Ctrl-C and Ctrl-Z reach a command that is not a shell, and pillion with it.
+// Ctrl-C and Ctrl-Z reach a command that is not a shell, and pillion with it. Lines on the terminal are in colour, unless NO_COLOR is set.
 func TestRunIsAJobOfItsShell(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {
+		c.serve(t, netip.MustParseAddrPort("203.0.113.80:80"))
 		s, terminal := openTerminal(t)
 		cmd := c.command()
 		cmd.Args, cmd.Path = []string{"bash", "--norc", "--noediting"}, requireProgram(t, "bash")
-		cmd.Env = append(os.Environ(), "PS1=prompt> ", "HOME=/nonexistent", "HISTFILE=")
+		cmd.Env = append(os.Environ(), "PS1=prompt> ", "TERM=xterm", "HOME=/nonexistent", "HISTFILE=")
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = terminal, terminal, terminal
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Credential: cmd.SysProcAttr.Credential}
 		p := c.net.Start(t, cmd)
 		terminal.Close()
+		s.enter("", "prompt> ")
+		get := pillion + " run --summary off -- curl -sS --noproxy '*' -o /dev/null http://203.0.113.80/a\r"
+		s.enter(get, "\x1b[2mpillion: \x1b[0m\x1b[32m200\x1b[0m GET 203.0.113.80/a ")
+		s.enter("", "prompt> ")
+		s.enter("NO_COLOR=1 "+get, "pillion: 200 GET 203.0.113.80/a ")
 		s.enter("", "prompt> ")
 		s.enter(pillion+" run -- sh -c 'echo sta''rted; exec sleep 1000'\r", "started\r\n")
 		s.enter("\x1a", "Stopped")

@@ -164,6 +164,13 @@ func TestRunPrintsLinesAndATable(t *testing.T) {
 		if fields := strings.Fields(lines[3]); fields[1] != "2" || fields[2] != "2xx:2" {
 			t.Errorf("the table has %q", lines[3])
 		}
+		file := filepath.Join(c.home(t), "log")
+		if _, stderr, _ := c.run(t, "--log", file, "--summary", "off", "--", "curl", "-sS", "--noproxy", "*", "http://web.example/a"); stderr != "" {
+			t.Errorf("with --log FILE, standard error has %q", stderr)
+		}
+		if text, err := os.ReadFile(file); err != nil || strings.Count(string(text), "\n") != 1 || !strings.Contains(string(text), "200 GET web.example/a ") {
+			t.Errorf("the log has %q, %v", text, err)
+		}
 		if _, stderr, _ := c.run(t, "--log", "off", "--summary", "off", "--", "curl", "-sS", "--noproxy", "*", "http://web.example/a"); stderr != "" {
 			t.Errorf("with --log off, standard error has %q", stderr)
 		}
@@ -300,6 +307,48 @@ for server in "127.0.0.53", "127.0.0.11", "203.0.113.99":
 	})
 }
 
+// Names are those of the caller's /etc/hosts and of the servers in its /etc/resolv.conf, also of one on its loopback, as that of
+// systemd-resolved. Programs that read these files and those that send queries get the same answers.
+func TestRunResolvesNamesAsItsCaller(t *testing.T) {
+	eachCaller(t, func(t *testing.T, c *caller) {
+		requireProgram(t, "python3")
+		local := startNameServer(t, c.net, netip.MustParseAddr("127.0.0.53"))
+		dir := t.TempDir()
+		hosts, servers := filepath.Join(dir, "hosts"), filepath.Join(dir, "resolv.conf")
+		for name, text := range map[string]string{hosts: "203.0.113.99 listed.example\n", servers: "nameserver 127.0.0.53\n"} {
+			if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		uid := fmt.Sprint(c.uid)
+		cmd := c.net.Command(0, 0, "unshare", "--mount", "--propagation", "private", "sh", "-c",
+			"mount --bind "+hosts+" /etc/hosts && mount --bind "+servers+` /etc/resolv.conf && exec "$@"`, "sh",
+			"setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", pillion, "run", "--log", "off", "--", "python3", "-c", `
+import socket, struct
+def query(name):
+    message = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + b"".join(bytes([len(l)]) + l.encode() for l in name.split(".")) + b"\0\0\1\0\1"
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.settimeout(60)
+    s.connect(("203.0.113.98", 53))
+    s.send(message)
+    return ".".join(str(b) for b in s.recv(4096)[-4:])
+for name in "listed.example", "web.example":
+    print(socket.getaddrinfo(name, 80, socket.AF_INET, socket.SOCK_STREAM)[0][4][0], query(name))`)
+		cmd.Dir = "/"
+		var complaint bytes.Buffer
+		cmd.Stderr = &complaint
+		stdout, err := c.net.Run(cmd)
+		if want := "203.0.113.99 203.0.113.99\n203.0.113.80 203.0.113.80\n"; err != nil || stdout != want {
+			t.Errorf("the command printed %q, want %q; %v\n%s", stdout, want, err, &complaint)
+		}
+		for len(local.queries) > 0 {
+			if query := <-local.queries; strings.Contains(query, "listed") {
+				t.Errorf("the caller's server was asked for %s", query)
+			}
+		}
+	})
+}
+
 // --host-loopback leads to servers on the caller's loopback. Without it, the command's loopback is its own.
 func TestRunReachesTheCallersLoopbackIfAsked(t *testing.T) {
 	eachCaller(t, func(t *testing.T, c *caller) {
@@ -334,15 +383,21 @@ func TestRunLeavesNothing(t *testing.T) {
 		for _, kill := range []string{"pillion", "its helper"} {
 			p := c.net.Start(t, c.command("--", "sh", "-c", "setsid sleep 78"+mark+" & exec sleep 78"+mark))
 			nettest.Eventually(t, "the command runs", func() bool { return len(processes(t, "78"+mark)) == 2 })
-			victim := p.Cmd.Process.Pid
+			victim, helper := p.Cmd.Process.Pid, children(t, p.Cmd.Process.Pid)[0]
+			network, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", helper))
+			if err != nil || len(processesIn(t, network)) < 3 {
+				t.Fatalf("the network of the helper is %q, %v, with the processes %q", network, err, processesIn(t, network))
+			}
 			if kill == "its helper" {
-				victim = children(t, victim)[0]
+				victim = helper
 			}
 			syscall.Kill(victim, syscall.SIGKILL)
 			if _, err := p.Wait(nettest.Patience); err != nil {
 				t.Error(err)
 			}
-			nettest.Eventually(t, "everything ends after "+kill+" was killed", func() bool { return len(processes(t, "78"+mark)) == 0 })
+			nettest.Eventually(t, "everything ends after "+kill+" was killed", func() bool {
+				return len(processes(t, "78"+mark)) == 0 && len(processesIn(t, network)) == 0
+			})
 		}
 	})
 }
@@ -357,6 +412,21 @@ func processes(t testing.TB, argument string) (found []string) {
 	for _, name := range lines {
 		text, _ := os.ReadFile(name)
 		if words := strings.Split(string(text), "\x00"); words[0] == "sleep" && words[1] == argument {
+			found = append(found, name)
+		}
+	}
+	return found
+}
+
+// processesIn returns the processes in a network namespace.
+func processesIn(t testing.TB, network string) (found []string) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range links {
+		if of, err := os.Readlink(name); err == nil && of == network {
 			found = append(found, name)
 		}
 	}
@@ -594,6 +664,7 @@ func checkArchive(t *testing.T, text []byte) {
 	if archive.Log.Version != "1.2" || archive.Log.Creator.Name != "pillion" || len(archive.Log.Entries) != 2 {
 		t.Fatalf("the archive is\n%s", text)
 	}
+	checkMembers(t, text)
 	slices.SortStableFunc(archive.Log.Entries, func(a, b entry) int { return strings.Compare(a.StartedDateTime, b.StartedDateTime) })
 	for i, version := range []string{"HTTP/1.1", "HTTP/2"} {
 		e := archive.Log.Entries[i]
@@ -651,4 +722,41 @@ time.sleep(1000)`)
 			t.Errorf("exit status %d, %v", status, err)
 		}
 	})
+}
+
+// archiveMembers are the members that HAR 1.2 requires of each object.
+var archiveMembers = map[string]string{
+	"entry":    "startedDateTime time request response cache timings",
+	"request":  "method url httpVersion cookies headers queryString headersSize bodySize",
+	"response": "status statusText httpVersion cookies headers content redirectURL headersSize bodySize",
+	"content":  "size mimeType",
+	"timings":  "send wait receive",
+	"postData": "mimeType params text",
+}
+
+// checkMembers fails the test if an entry of an archive lacks a member, or has null for one: the tools of browsers reject these.
+func checkMembers(t *testing.T, text []byte) {
+	t.Helper()
+	var archive struct {
+		Log struct{ Entries []map[string]any }
+	}
+	if err := json.Unmarshal(text, &archive); err != nil {
+		t.Fatal(err)
+	}
+	var check func(of string, object map[string]any)
+	check = func(of string, object map[string]any) {
+		for name := range strings.FieldsSeq(archiveMembers[of]) {
+			if object[name] == nil {
+				t.Errorf("%s has no %s: %v", of, name, object)
+			}
+		}
+		for name, value := range object {
+			if inner, ok := value.(map[string]any); ok && archiveMembers[name] != "" {
+				check(name, inner)
+			}
+		}
+	}
+	for _, entry := range archive.Log.Entries {
+		check("entry", entry)
+	}
 }
