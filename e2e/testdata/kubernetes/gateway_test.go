@@ -13,6 +13,8 @@ import (
 	apps "k8s.io/api/apps/v1"
 	autoscaling "k8s.io/api/autoscaling/v2"
 	core "k8s.io/api/core/v1"
+	policy "k8s.io/api/policy/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"sigs.k8s.io/yaml"
 
@@ -62,6 +64,7 @@ func TestAGatewayIsReplacedWithoutLoss(t *testing.T) {
 	var deployment *apps.Deployment
 	var service *core.Service
 	var scaler *autoscaling.HorizontalPodAutoscaler
+	var budget *policy.PodDisruptionBudget
 	for _, o := range typed {
 		switch o := o.(type) {
 		case *apps.Deployment:
@@ -70,6 +73,8 @@ func TestAGatewayIsReplacedWithoutLoss(t *testing.T) {
 			service = o
 		case *autoscaling.HorizontalPodAutoscaler:
 			scaler = o
+		case *policy.PodDisruptionBudget:
+			budget = o
 		}
 	}
 	pod := deployment.Spec.Template.Spec
@@ -78,6 +83,22 @@ func TestAGatewayIsReplacedWithoutLoss(t *testing.T) {
 	}
 	if scaler.Spec.ScaleTargetRef.Name != deployment.Name || *scaler.Spec.MinReplicas < 2 || !labels.SelectorFromSet(service.Spec.Selector).Matches(labels.Set(deployment.Spec.Template.Labels)) {
 		t.Errorf("the autoscaler is for %v, the service for %v", scaler.Spec.ScaleTargetRef, service.Spec.Selector)
+	}
+	// A node can be drained, one pod after the other, and the autoscaler computes from what a pod requests.
+	selected, err := meta.LabelSelectorAsSelector(budget.Spec.Selector)
+	if err != nil || selected.Empty() || !selected.Matches(labels.Set(deployment.Spec.Template.Labels)) {
+		t.Errorf("the budget of disruptions is for %v, %v", budget.Spec.Selector, err)
+	}
+	if most := budget.Spec.MaxUnavailable.IntValue(); most < 1 || most >= int(*scaler.Spec.MinReplicas) || budget.Spec.MinAvailable != nil {
+		t.Errorf("%d of at least %d pods may be disrupted, %v must be available", most, *scaler.Spec.MinReplicas, budget.Spec.MinAvailable)
+	}
+	if *scaler.Spec.MinReplicas >= scaler.Spec.MaxReplicas || len(scaler.Spec.Metrics) == 0 {
+		t.Errorf("the autoscaler has %d to %d replicas, and the metrics %v", *scaler.Spec.MinReplicas, scaler.Spec.MaxReplicas, scaler.Spec.Metrics)
+	}
+	for _, metric := range scaler.Spec.Metrics {
+		if requested := pod.Containers[0].Resources.Requests; metric.Resource == nil || requested.Name(metric.Resource.Name, "").IsZero() {
+			t.Errorf("the autoscaler looks at %v, and a pod requests %v", metric.Resource, requested)
+		}
 	}
 	container := pod.Containers[0]
 	variables := map[string]string{}
