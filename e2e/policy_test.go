@@ -38,12 +38,14 @@ func TestAgentDeniesUnlistedDestinations(t *testing.T) {
 		t.Fatal(err)
 	}
 	os.Chmod(log, 0o666)
-	s := newStage(t, "--outbound-policy", "deny-unlisted", "--outbound-policy-file", file, "--access-log", log, "--log-level", "info")
+	s := newStage(t, "--outbound-policy", "deny-unlisted", "--outbound-policy-file", file, "--allow", nettest.Elsewhere4.String()+":82,"+nettest.Elsewhere4.String()+":83",
+		"--deny", nettest.Elsewhere4.String()+":83", "--access-log", log, "--log-level", "info")
 	w := s.outbound()
 	address := w.address.String() + ":80"
 	serveHTTP(t, w.to.Listen(t, "tcp", address), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "served") }))
 
-	get := func() string {
+	get := func(port ...string) string {
+		address := net.JoinHostPort(w.address.String(), append(port, "80")[0])
 		dial := func(_ context.Context, network, address string) (net.Conn, error) {
 			return w.from.Dial(network, address, nettest.Patience)
 		}
@@ -59,12 +61,18 @@ func TestAgentDeniesUnlistedDestinations(t *testing.T) {
 	if got, want := get(), "403 Forbidden pillion: "+address+" is not allowed by a rule\n"; got != want {
 		t.Errorf("before: %q, want %q", got, want)
 	}
+	for port, want := range map[string]string{"82": "200 OK served", "83": "403 Forbidden pillion: " + w.address.String() + ":83 is denied by the rule \"" + w.address.String() + ":83\"\n"} {
+		serveHTTP(t, w.to.Listen(t, "tcp", w.address.String()+":"+port), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "served") }))
+		if got := get(port); got != want {
+			t.Errorf("port %s, by the flags: %q, want %q", port, got, want)
+		}
+	}
 	if err := tryConnection(w.from, w.address.String()+":81"); !isReset(err) {
 		t.Errorf("an opaque connection ends with %v, want a reset", err)
 	}
 	nettest.Eventually(t, "the access log has the refusals", func() bool {
 		text, _ := os.ReadFile(log)
-		return strings.Count(string(text), "BlackHoleCluster") == 2
+		return strings.Count(string(text), "BlackHoleCluster") == 3
 	})
 	write("allow " + w.address.String() + ":80\n")
 	nettest.Eventually(t, "the new rules apply", func() bool { return get() == "200 OK served" })

@@ -418,7 +418,7 @@ func TestTheAccessLogTellsWhatBecameOfARequest(t *testing.T) {
 	delayed.Delay, aborted.Abort, late.Timeout, retried.Retries = 20*time.Millisecond, 418, 100*time.Millisecond, 1
 	both := to("/both", v1)
 	both.Delay, both.Abort = time.Millisecond, 503
-	b := newBookOf(t, "reviews", []string{"--access-log-format", "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %ROUTE_NAME% %UPSTREAM_CLUSTER%"},
+	b := newBookOf(t, "reviews", []string{"--access-log-format", "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %ROUTE_NAME% %UPSTREAM_CLUSTER% attempts=%UPSTREAM_REQUEST_ATTEMPT_COUNT%"},
 		[]subset{of(v1, 9081), of(v2, 9082), of(v3, 9083), closed, empty, gone},
 		delayed, aborted, both, late, retried, to("/closed", "closed"), to("/empty", "empty"), to("/gone", "gone"), rule{Path: "/absent", Weights: map[string]uint32{absent: 0}},
 		to("/served", v1))
@@ -454,7 +454,19 @@ func TestTheAccessLogTellsWhatBecameOfARequest(t *testing.T) {
 			t.Errorf("%s: x-envoy-overloaded %q", test.path, overloaded)
 		}
 		r.Close()
-		b.agent.access.await(t, test.path+" "+test.told)
+		attempts := " attempts=1"
+		switch {
+		case strings.Contains(test.told, " URX "):
+			attempts = " attempts=2"
+		case test.path == "/elsewhere", test.path == "/aborted", test.path == "/both", test.path == "/closed", test.path == "/empty", test.path == "/absent":
+			attempts = " attempts=0"
+		}
+		if line := b.agent.access.await(t, test.path+" "+test.told); !strings.HasSuffix(strings.TrimSpace(line), attempts) {
+			t.Errorf("the access log has %q, want %q", line, attempts)
+		}
+	}
+	if _, metrics := get(t, b.pod, "http://127.0.0.1:15090/stats/prometheus"); !strings.Contains(metrics, "\nenvoy_cluster_upstream_rq_retry{cluster_name=\"PassthroughCluster\"} 1\n") {
+		t.Errorf("the metrics do not have one retry:\n%s", metrics)
 	}
 }
 
