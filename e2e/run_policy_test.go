@@ -440,7 +440,7 @@ func TestRunInjectsFaultsIntoPublishedServers(t *testing.T) {
 		requireProgram(t, "python3")
 		var log logBook
 		cmd := c.command("--publish", "127.0.0.1:9000", "--fault", "host=shop.example,abort=418", "--fault", "host=slow.example,reset", "--",
-			"python3", "-m", "http.server", "9000", "--bind", "127.0.0.1", "--directory", t.TempDir())
+			"python3", "-m", "http.server", "9000", "--bind", "127.0.0.1", "--directory", c.home(t))
 		cmd.Stderr = &log
 		p := c.net.Start(t, cmd)
 		get := func(host string) string {
