@@ -436,10 +436,10 @@ func TestExplanationsFollowEjections(t *testing.T) {
 	}
 	const near, far = "203.0.113.6:8080", "203.0.113.7:8080"
 	send("/", "200")
-	explained(near + " HEALTHY 100% false, " + far + " HEALTHY 0% false")
+	explained(near + " UNKNOWN 100% false, " + far + " UNKNOWN 0% false")
 	send("/fails", "503")
 	send("/fails", "503")
-	explained(near + " EJECTED 0% false, " + far + " HEALTHY 100% false")
+	explained(near + " EJECTED 0% false, " + far + " UNKNOWN 100% false")
 	send("/", "200")
 	send("/fails", "503")
 	send("/fails", "503")

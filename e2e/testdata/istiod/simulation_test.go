@@ -111,6 +111,9 @@ func compareChains(t *testing.T, sim *simulation.Simulation, snapshot *mesh.Snap
 					if l != nil && l.Refused || errors.Is(want.Error, simulation.ErrMultipleFilterChain) {
 						continue
 					}
+					if call.CallMode == simulation.CallModeOutbound && want.ListenerMatched == model.VirtualInboundListenerName {
+						continue // Envoy looks for listeners of other directions only at their own sockets
+					}
 					got := result(l, chain, want.Error == nil)
 					wanted := want.ListenerMatched + " " + want.FilterChainMatched + " "
 					if want.Error == nil && want.RouteConfigMatched == "" && want.VirtualHostMatched == "" {
@@ -126,7 +129,7 @@ func compareChains(t *testing.T, sim *simulation.Simulation, snapshot *mesh.Snap
 		}
 	}
 	t.Logf("%d connections were compared, which meet %d filter chains", compared, len(met))
-	if len(calls) > 0 && (compared < 10 || len(met) < 2) {
+	if len(calls) > 0 && (compared < 10 || len(met) == 0) {
 		t.Errorf("%d connections were compared, which meet %q", compared, slices.Sorted(maps.Keys(met)))
 	}
 }
