@@ -35,10 +35,10 @@ COLD := ./agent ./cmd/... ./healthz ./iptables/... ./run \
 	github.com/spf13/... github.com/vishvananda/... vendor/golang.org/x/crypto/cryptobyte
 
 BUILD    := CGO_ENABLED=0 $(GO) build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$(VERSION)" $(COLD:%=-gcflags=%=-l)
-# Tests link in half of the time without debugging information. What one checkout has compiled serves the others.
-FAST     := -buildvcs=false -trimpath -ldflags=-w -count=1 -json
-TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test $(FAST) -race
-PLAIN    := CGO_ENABLED=0 scripts/with-namespaces $(GO) test $(FAST)
+# Tests link in half of the time without debugging information. With -trimpath, what one checkout has compiled serves the others.
+FAST     := -buildvcs=false -ldflags=-w -count=1 -json
+TEST     := CGO_ENABLED=1 scripts/with-namespaces $(GO) test $(FAST) -trimpath -race
+PLAIN    := CGO_ENABLED=0 scripts/with-namespaces $(GO) test $(FAST) -trimpath
 REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 
 # What drives the built program runs after the tests of packages, one group after the other: beside more work than the machine has
