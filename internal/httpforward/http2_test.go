@@ -23,11 +23,16 @@ import (
 // serveHTTP2 starts a real server of cleartext HTTP/2, and of HTTP/1.
 func serveHTTP2(t testing.TB, handler http.HandlerFunc) netip.AddrPort {
 	t.Helper()
+	return serveHTTP2By(t, nil, handler)
+}
+
+func serveHTTP2By(t testing.TB, config *http.HTTP2Config, handler http.HandlerFunc) netip.AddrPort {
+	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: handler, Protocols: new(http.Protocols)}
+	server := &http.Server{Handler: handler, Protocols: new(http.Protocols), HTTP2: config}
 	server.Protocols.SetUnencryptedHTTP2(true)
 	server.Protocols.SetHTTP1(true)
 	served := make(chan struct{})

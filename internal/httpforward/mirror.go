@@ -171,6 +171,13 @@ func (d *duplicate) send(w *tcp.Waiter) flow.Reason {
 		if err == tcp.ErrAgain || err == nil && n == 0 {
 			err = awaitRoom(w, up, in, deadline)
 		}
+		if err == tcp.ErrFull { // the mirror has answered before it has read all; more than is there is not wanted
+			_, err = d.discardResponse(w, up, in, d.began)
+			if d.status != 0 {
+				up.Reset()
+				return flow.Completed
+			}
+		}
 		if err != nil {
 			up.Reset()
 			return copyReason(err)
@@ -228,10 +235,10 @@ func appendShadow(dst, host []byte) []byte {
 }
 
 // awaitRoom waits until a server may take more of a request. One of HTTP/2 gives credit for it, which has to be read; a response
-// that has begun is kept in in.
+// that has begun is kept in in. It returns tcp.ErrFull if in has no more room for it.
 func awaitRoom(w *tcp.Waiter, up *tcp.Conn, in *tcp.Buffer, deadline time.Time) error {
 	if up.Readable() {
-		if _, err := in.Fill(up); err != tcp.ErrAgain && err != tcp.ErrFull {
+		if _, err := in.Fill(up); err != tcp.ErrAgain {
 			return err
 		}
 	}

@@ -135,6 +135,32 @@ func TestOnlyWholeRequestsAreCopied(t *testing.T) {
 	}
 }
 
+// A mirror that answers without reading has answered. Its answer is larger than what is read of it, and the request than the window.
+func TestAMirrorMayAnswerWithoutReading(t *testing.T) {
+	home := serveHTTP2(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
+	small := &http.HTTP2Config{MaxReceiveBufferPerConnection: 64 << 10, MaxReceiveBufferPerStream: 64 << 10}
+	mirror := serveHTTP2By(t, small, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(201)
+		w.Write(make([]byte, 100<<10))
+		<-r.Context().Done()
+	})
+	held := &leases{}
+	r := newRig(t, home, false, plain)
+	r.set(func() {
+		r.router = &planned{decide: func(_ *Request, d *Decision) {
+			d.Mirrors = []Mirror{{Target: upstream.Target{Address: mirror}, Policy: &mesh.Mirror{}, HTTP2: true, Lease: held.open()}}
+		}}
+	})
+	client := &http.Client{Timeout: nettest.Patience}
+	defer client.CloseIdleConnections()
+	response, err := client.Post("http://"+r.address, "text/plain", bytes.NewReader(make([]byte, 1000<<10)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	held.check(t, []Outcome{{Status: 201, GRPC: -1, Reason: flow.Completed, Connected: true}})
+}
+
 // Mirrors that accept nothing, respond with nothing, or nonsense, or are not there: no request notices.
 func TestARequestDoesNotSufferFromItsCopies(t *testing.T) {
 	const requests = 3 * maxCopies
