@@ -66,9 +66,12 @@ func (x *exchange) takePlan(b []byte) {
 //go:noinline
 func (x *exchange) takeChanges() {
 	if x.decision.Path != nil {
-		x.routed.Path = x.decision.Path
-		if len(x.kept) > 0 { // for the next attempt
-			x.kept = append(x.kept, x.decision.Path...)
+		if n := x.requestHead.Length; len(x.kept) > 0 { // the path stays for the next attempt, and for edits of the response
+			x.kept = append(x.kept[:n], x.decision.Path...)
+			x.view(x.kept)
+			x.routed.Path = x.kept[n:]
+		} else {
+			x.routed.Path = x.decision.Path
 		}
 		x.takeEdited().describe(&x.routed)
 	}
