@@ -149,10 +149,11 @@ func TestALostEndpointOfOneClusterKeepsTheConnectionsOfAnother(t *testing.T) {
 	client.Close()
 }
 
-// When a push brings routes for the port of an open connection, the connection ends in order: no request is lost, and those of the
-// next connection are routed.
+// When a push brings routes or another cluster for the port of an open connection, the connection ends in order: no request is lost,
+// and those of the next connection go there.
 func TestAPushThatBringsRoutesRetiresConnections(t *testing.T) {
-	for _, two := range []bool{false, true} {
+	for serial := range 4 {
+		two, routes := serial&1 != 0, serial&2 != 0
 		r := newRouted(t, to("v2"))
 		r.serve(t, 82, 83)
 		r.cluster("v1", nil, 82)
@@ -195,9 +196,13 @@ func TestAPushThatBringsRoutesRetiresConnections(t *testing.T) {
 				t.Fatalf("after another push, %s answered over %d connections", body, dials)
 			}
 		}
-		r.push(func(e *mesh.Edit) { e.SetListener(listener.Name, listener) })
+		if routes {
+			r.push(func(e *mesh.Edit) { e.SetListener(listener.Name, listener) })
+		} else {
+			r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: "v2", Weight: 1}}})
+		}
 		r.Wake()
-		nettest.Eventually(t, "requests to be routed", func() bool { return get() == "83" })
+		nettest.Eventually(t, "requests to go elsewhere", func() bool { return get() == "83" })
 		if get() != "83" || dials != 2 {
 			t.Errorf("%d connections", dials)
 		}

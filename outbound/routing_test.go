@@ -490,6 +490,28 @@ func TestRequestsOfAPortThatBecomesOneOfBytes(t *testing.T) {
 	}
 }
 
+// A connection that goes to its original destination without routes does not do so when new ones may not any more.
+func TestRequestsWithoutRoutesEndWithTheirPassage(t *testing.T) {
+	r := newRouted(t, to("v1"))
+	r.serve(t, 81, 82)
+	r.cluster("v1", nil, 82)
+	r.push(func(e *mesh.Edit) {
+		e.SetCluster("BlackHoleCluster", &mesh.Cluster{Name: "BlackHoleCluster", Discovery: mesh.Static, Breakers: unlimited})
+	})
+	client := r.client(t)
+	for _, step := range []struct{ cluster, want string }{{"", "82"}, {"PassthroughCluster", "81"}, {"BlackHoleCluster", ""}} {
+		if step.cluster != "" {
+			r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: step.cluster, Weight: 1}}})
+		}
+		if status, body := client.get(t, "web"); step.want == "" && status != 503 || step.want != "" && body != step.want {
+			t.Fatalf("%q: status %d, %q", step.cluster, status, body)
+		}
+	}
+	if _, err := client.read.ReadByte(); err != io.EOF {
+		t.Errorf("the connection does not end: %v", err)
+	}
+}
+
 func TestConnectionsOfBytesAreDividedByWeight(t *testing.T) {
 	r := newRouted(t, to("v1"))
 	r.cluster("v1", nil, 82)

@@ -1,6 +1,8 @@
 package serve
 
 import (
+	"slices"
+
 	"github.com/pillion-proxy/pillion/internal/httpforward"
 	"github.com/pillion-proxy/pillion/internal/identity"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -96,13 +98,13 @@ func (h *watched) transport(s *mesh.Snapshot, config *mesh.Cluster) *mesh.Transp
 }
 
 // single is the Router of outbound HTTP in a filter chain for TCP: all requests go to the connection's endpoint. The connection is
-// also retired when a push has brought routes for it, so that its client's next connection is routed.
+// also retired when a push has brought routes for it or another cluster, so that its client's next connection goes there.
 type single struct {
 	watched
 	allowed httpforward.Decision
 	info    mesh.ConnInfo
-	met     *mesh.Snapshot // by whose filter chains routed is
-	routed  bool           // the filter chain for the connection is one for HTTP
+	met     *mesh.Snapshot // by whose filter chains moved is
+	moved   bool           // a new connection would not go to the cluster
 }
 
 // single returns the Router of a connection whose endpoint was chosen; nil: it goes to its destination.
@@ -127,15 +129,26 @@ func (s *single) Route(*httpforward.Request) httpforward.Decision {
 }
 
 // Retired implements httpforward.Retirement.
-func (s *single) Retired() bool { return s.gone() || s.isRouted() }
+func (s *single) Retired() bool { return s.gone() || s.hasMoved() }
 
-// isRouted looks at the configuration in force, if that is another one than before.
-func (s *single) isRouted() bool {
+// hasMoved looks at the configuration in force, if that is another one than before.
+func (s *single) hasMoved() bool {
 	if now := s.role.mesh.Snapshot(); now != s.met {
-		chain, _ := s.role.meet(now, &s.info)
-		s.met, s.routed = now, chain != nil && chain.HTTP != nil
+		chain, refusal := s.role.meet(now, &s.info)
+		s.met, s.moved = now, refusal != "" || chain != nil && !s.serves(chain)
 	}
-	return s.routed
+	return s.moved
+}
+
+// serves reports whether connections in a filter chain may go to the cluster.
+func (s *single) serves(chain *mesh.FilterChain) bool {
+	switch {
+	case chain.HTTP != nil:
+		return false
+	case chain.ClusterIsSNI:
+		return true
+	}
+	return chain.TCP != nil && slices.ContainsFunc(chain.TCP.Clusters, func(c mesh.TCPCluster) bool { return c.Name == s.config.Name })
 }
 
 // trusted are the roots of an identity, and the value that stands for all equal ones.

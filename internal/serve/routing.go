@@ -2,6 +2,7 @@ package serve
 
 import (
 	"bytes"
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -96,8 +97,9 @@ func (c *Conn) newRouting(g *governed) *routing {
 	return r
 }
 
-// judge finds the routes of the connection in a snapshot. An outbound connection that new ones of its kind replace by a connection
-// of bytes, to an endpoint, perhaps by TLS, or to none, is retired: until it has ended, its requests follow the last routes.
+// judge finds the routes of the connection in a snapshot. An outbound connection is retired if a new one would be carried as bytes,
+// but not to its original destination as they are. Until it has ended, its requests follow the last routes, whose policies are looked
+// up in s. Without routes they are refused: at the original destination no new connection may arrive like that.
 func (r *routing) judge(s *mesh.Snapshot) {
 	chain, refusal := r.role.meet(s, &r.info)
 	r.retired = refusal == "" && !r.role.gateway && chain != nil && chain.HTTP == nil && !passes(s, chain)
@@ -106,7 +108,9 @@ func (r *routing) judge(s *mesh.Snapshot) {
 		r.follow(s, nil)
 		r.refused = route.Refused
 	case r.retired:
-		r.judged = s
+		if r.judged = s; r.table == nil {
+			r.refused = cmp.Or(r.refused, route.Refused)
+		}
 	default:
 		r.follow(s, chain)
 	}
