@@ -95,9 +95,10 @@ func (s *site) decryptedBy(t testing.TB, flags []string, trusts bool, command ..
 	t.Helper()
 	for tries := 1; ; tries++ {
 		output, complaints, records = s.decryptedOnce(t, flags, trusts, command...)
-		if tries == 5 || !slices.ContainsFunc(records, func(r live.Record) bool { return r.Flags == "UC" }) {
+		if tries == 5 || !slices.ContainsFunc(records, func(r live.Record) bool { return r.Flags == "UC" && r.Protocol == "HTTP/2" }) {
 			return output, complaints, records
 		}
+		t.Logf("%q runs again after %+v", command, records)
 	}
 }
 
