@@ -199,16 +199,24 @@ func (ns *Namespace) Try(fn func() error) error { return ns.handle.Do(fn) }
 // Path names the namespace for programs that take a path, such as nsenter.
 func (ns *Namespace) Path() string { return ns.handle.Path(os.Getpid()) }
 
-// Listen listens inside the namespace; the listener may be used from any goroutine.
+// Listen listens inside the namespace; the listener may be used from any goroutine. If the address is in use, it waits: a process
+// that another test starts at this moment has a listener that was closed before, until it executes its program.
 func (ns *Namespace) Listen(t testing.TB, network, address string) net.Listener {
 	t.Helper()
 	var listener net.Listener
-	ns.Do(t, func() (err error) {
-		config := net.ListenConfig{}
-		config.SetMultipathTCP(false)
-		listener, err = config.Listen(context.Background(), network, address)
-		return err
+	var err error
+	Within(Patience, func() bool {
+		err = ns.Try(func() (err error) {
+			config := net.ListenConfig{}
+			config.SetMultipathTCP(false)
+			listener, err = config.Listen(context.Background(), network, address)
+			return err
+		})
+		return !errors.Is(err, syscall.EADDRINUSE)
 	})
+	if err != nil {
+		t.Fatalf("in namespace %s: %v", ns.Name, err)
+	}
 	t.Cleanup(func() { listener.Close() })
 	return listener
 }
