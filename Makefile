@@ -61,6 +61,7 @@ CONTROLPLANE := e2e/testdata/controlplane
 ISTIOD := e2e/testdata/istiod
 IN_ISTIOD := cd $(ISTIOD) && CGO_ENABLED=0
 ISTIOD_BUILD := -buildvcs=false '-gcflags=all=-N -l -dwarf=false'
+TEST_ISTIOD  = $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -ldflags=-w -count=1 -json -timeout 30m
 
 # Kubernetes' own types and decoder, and kustomize, helm and Prometheus' parser, for the tests of what is injected and of
 # what is in deploy: likewise. Tests of injection build it without cgo, and so what has been compiled serves all.
@@ -123,10 +124,12 @@ clean: ## remove what build and the tests leave in this directory
 ##@ Test
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
+	again=$$(mktemp); trap 'rm -f "$$again"' EXIT; \
 	{ $(TEST) -vet=off -timeout 40m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
 	$(TEST) -vet=off -timeout 40m $(STORIES) || failed=1; \
 	$(TEST) -vet=off -timeout 40m $(ATTACKS) || failed=1; \
-	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
+	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT) -failed "$$again" || \
+	scripts/again "$$again" env $(TEST) -vet=off -timeout 20m
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
@@ -167,7 +170,9 @@ controlplane: modules ## the client of a control plane, against go-control-plane
 test-istiod: ## the client of a control plane and the built agent, against a real istiod and istioctl; its first compilation takes 5 minutes (RUN=pattern chooses)
 	$(IN_ISTIOD) $(GO) mod tidy -diff
 	$(IN_ISTIOD) $(GO) vet $(ISTIOD_BUILD) ./...
-	($(IN_ISTIOD) $(CURDIR)/scripts/with-namespaces $(GO) test -vet=off $(ISTIOD_BUILD) -ldflags=-w -count=1 -json -timeout 30m -run '$(RUN)' ./...) | $(REPORT)
+	again=$$(mktemp); trap 'rm -f "$$again"' EXIT; \
+	($(IN_ISTIOD) $(TEST_ISTIOD) -run '$(RUN)' ./...) | $(REPORT) -failed "$$again" || \
+	scripts/again "$$again" env -C $(CURDIR)/$(ISTIOD) CGO_ENABLED=0 $(TEST_ISTIOD)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s)

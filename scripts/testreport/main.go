@@ -3,14 +3,20 @@
 //
 // It fails when a test failed, when a package did not build, and, with CI set in the environment, when a test was
 // skipped: a promise that was not checked is not kept.
+//
+// With -failed FILE it writes the tests to run again to the file, if nothing but a few tests failed: in each line a package and a
+// pattern for -run. Otherwise the file is empty.
 package main
 
 import (
 	"bufio"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -26,12 +32,18 @@ type event struct {
 }
 
 func main() {
+	failed := flag.String("failed", "", "write the tests that may run again to this `file`")
+	flag.Parse()
 	r := newReport(os.Stdout)
-	if err := r.read(os.Stdin); err != nil {
-		fmt.Fprintln(os.Stderr, "testreport:", err)
-		os.Exit(1)
+	err := r.read(os.Stdin)
+	passed := err == nil && r.close(os.Getenv("CI") != "")
+	if *failed != "" && err == nil {
+		err = os.WriteFile(*failed, []byte(r.again()), 0o644)
 	}
-	if !r.close(os.Getenv("CI") != "") {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testreport:", err)
+	}
+	if !passed || err != nil {
 		os.Exit(1)
 	}
 }
@@ -44,10 +56,17 @@ type report struct {
 	inPackage               map[string]int              // tests that passed, by package
 	passed, failed, skipped int
 	packages, broken        int
+	failures                map[string]map[string]bool // top-level tests that failed, by package
+	other                   bool                       // something but a test failed
 }
 
+// maxAgain is the largest number of top-level tests that may run again. More have a common cause.
+const maxAgain = 3
+
 func newReport(out io.Writer) *report {
-	return &report{out: out, started: time.Now(), output: map[string]*strings.Builder{}, inPackage: map[string]int{}}
+	return &report{
+		out: out, started: time.Now(), output: map[string]*strings.Builder{}, inPackage: map[string]int{}, failures: map[string]map[string]bool{},
+	}
 }
 
 func (r *report) read(from io.Reader) error {
@@ -98,6 +117,11 @@ func (r *report) endTest(e event, key string) {
 		return
 	case "fail":
 		r.failed++
+		top, _, _ := strings.Cut(e.Test, "/")
+		if r.failures[e.Package] == nil {
+			r.failures[e.Package] = map[string]bool{}
+		}
+		r.failures[e.Package][top] = true
 	case "skip":
 		r.skipped++
 	}
@@ -111,6 +135,7 @@ func (r *report) endPackage(e event, key string) {
 	case "fail":
 		r.packages++
 		r.broken++
+		r.other = r.other || r.failures[e.Package] == nil
 		fmt.Fprint(r.out, r.outputOf(key))
 	case "pass":
 		r.packages++
@@ -125,6 +150,21 @@ func (r *report) outputOf(key string) string {
 	return r.output[key].String()
 }
 
+// again returns the lines for -failed, after close.
+func (r *report) again() string {
+	var lines strings.Builder
+	n := 0
+	for _, name := range slices.Sorted(maps.Keys(r.failures)) {
+		tests := slices.Sorted(maps.Keys(r.failures[name]))
+		n += len(tests)
+		fmt.Fprintf(&lines, "%s ^(%s)$\n", name, strings.Join(tests, "|"))
+	}
+	if r.other || r.skipped > 0 || n > maxAgain {
+		return ""
+	}
+	return lines.String()
+}
+
 // close prints the sum and reports whether all is well.
 func (r *report) close(ci bool) bool {
 	// Tests that never ended, because their package panicked or timed out, have their last output here.
@@ -132,6 +172,7 @@ func (r *report) close(ci bool) bool {
 		if _, test, _ := strings.Cut(key, "\x00"); test != "" {
 			fmt.Fprintf(r.out, "--- NOT ENDED: %s\n%s", test, output)
 			r.failed++
+			r.other = true
 		}
 	}
 	fmt.Fprintf(r.out, "\n%d tests passed, %d failed, %d skipped, in %d packages and %.0f s\n",
