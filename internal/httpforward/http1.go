@@ -36,7 +36,7 @@ func (x *exchange) run() ending {
 	if x.s.up == nil && !x.holdDial() {
 		return x.evicted()
 	}
-	attempts, err := x.s.connect(x.wanted, x.settings, x.record.Opened, x.dialEnd(), idempotent(x.http.Method))
+	attempts, err := x.s.connect(x.wanted, x.settings, x.record.Opened, x.dialLimit(), idempotent(x.http.Method))
 	x.record.Attempts = uint8(attempts)
 	if err == nil {
 		x.send()
@@ -679,7 +679,7 @@ func (x *exchange) repeat() (ending, bool) {
 	x.s.dropUpstream()
 	x.s.engine.config.Pool.Stats.Retried.Add(1)
 	x.response.srcErr, x.repeated = nil, true
-	attempts, err := x.s.dial(x.wanted, x.settings, x.dialEnd())
+	attempts, err := x.s.dial(x.wanted, x.settings, x.dialLimit())
 	x.countDials(attempts)
 	if err != nil {
 		return x.noUpstream(err)

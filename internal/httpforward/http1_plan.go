@@ -235,6 +235,14 @@ func (x *exchange) dialEnd() time.Time {
 	return x.totalEnd
 }
 
+// dialLimit returns the time until dialEnd; zero: there is no limit.
+func (x *exchange) dialLimit() time.Duration {
+	if end := x.dialEnd(); !end.IsZero() {
+		return max(time.Until(end), 1)
+	}
+	return 0
+}
+
 // dialOverdue ends the exchange if a dial has failed because dialEnd had come.
 func (x *exchange) dialOverdue(err error) (ending, bool) {
 	if end := x.dialEnd(); end.IsZero() || time.Now().Before(end) || !errors.Is(err, tcp.ErrDeadline) {

@@ -90,7 +90,7 @@ func (x *exchange) attemptAgain(reason flow.Reason) (ending, bool) {
 		if end, over := x.nextAttempt(reason); over {
 			return end, true
 		}
-		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), x.dialEnd(), idempotent(x.http.Method))
+		attempts, err := x.s.connect(x.wanted, x.settings, time.Now(), x.dialLimit(), idempotent(x.http.Method))
 		x.countDials(attempts)
 		if err == nil {
 			x.request.resend(x.s.up)

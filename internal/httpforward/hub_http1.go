@@ -50,7 +50,7 @@ func (l *leg) speakHTTP1(c *call) (connected bool) {
 	if l.target.Balanced {
 		return false
 	}
-	conn, use := l.h.engine.config.Pool.TakeUsed(l.target, idempotent(readOnly(c.sent.Method)))
+	conn, use := l.h.engine.config.Pool.TakeUsed(&l.target, idempotent(readOnly(c.sent.Method)))
 	if conn == nil {
 		return false
 	}

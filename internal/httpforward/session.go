@@ -312,7 +312,7 @@ func (s *session) dropUpstream() {
 // chosen another target, the alternative is not a direct connection, and a new one to each of the targets would cost a
 // handshake for each request; a server that closes at this moment has accepted no byte of the request, which is sent again.
 // attempts is the number of dials, or 1 for a connection that was open.
-func (s *session) connect(wanted *upstream.Target, settings *Settings, now, until time.Time, repeatable bool) (attempts int, err error) {
+func (s *session) connect(wanted *upstream.Target, settings *Settings, now time.Time, limit time.Duration, repeatable bool) (attempts int, err error) {
 	if s.up != nil && (s.up.Readable() || !repeatable || now.Sub(s.lastUse) > upstream.Pause) && !s.up.Quiet() {
 		s.closeUpstream()
 	}
@@ -325,21 +325,23 @@ func (s *session) connect(wanted *upstream.Target, settings *Settings, now, unti
 	s.orphaned = false
 	if !wanted.Balanced && (repeatable || *wanted != s.Target) {
 		var use upstream.Use
-		if s.up, use = s.engine.config.Pool.TakeUsed(*wanted, repeatable); s.up != nil {
+		if s.up, use = s.engine.config.Pool.TakeUsed(wanted, repeatable); s.up != nil {
 			s.used, s.lastUse = true, now
 			s.setTarget(wanted)
 			s.begin(use)
 			return 1, nil
 		}
 	}
-	return s.dial(wanted, settings, until)
+	return s.dial(wanted, settings, limit)
 }
 
-// dial opens a new upstream connection, until a time that is zero if only the settings limit it.
-func (s *session) dial(wanted *upstream.Target, settings *Settings, until time.Time) (attempts int, err error) {
+// dial opens a new upstream connection within a limit, which is zero if there is none but that of the settings.
+//
+// It and connect are the deepest calls of most connections, and their frames decide whether a stack grows to 8 KiB: see Engine.Serve.
+func (s *session) dial(wanted *upstream.Target, settings *Settings, limit time.Duration) (attempts int, err error) {
 	s.setTarget(wanted)
 	dialer := s.engine.dialer(s.Connection, settings)
-	dialer.Until = until
+	dialer.Within = limit
 	up, attempts, err := dialer.Dial(s.w, *s.target())
 	if err != nil {
 		return attempts, err

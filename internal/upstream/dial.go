@@ -21,7 +21,7 @@ import (
 type Dialer struct {
 	Poller  *tcp.Poller
 	Timeout time.Duration // for one Dial with all its attempts, unless the target has one; zero or less leaves it to the kernel
-	Until   time.Time     // an earlier end of each Dial; zero: Timeout alone limits it
+	Within  time.Duration // limits each Dial as well, also to a target with a timeout; zero: it does not
 	Stats   *Stats        // counts dials and their results; nil: not counted
 	Borrow  *Borrower     // for targets with a borrowed source; nil: such targets never occur
 
@@ -85,11 +85,11 @@ func (d *Dialer) Dial(w *tcp.Waiter, target Target) (up *tcp.Conn, attempts int,
 	if o := target.options(); o != nil && o.ConnectTimeout > 0 {
 		timeout = o.ConnectTimeout
 	}
+	if d.Within > 0 && (timeout <= 0 || d.Within < timeout) {
+		timeout = d.Within
+	}
 	if timeout > 0 {
 		deadline = time.Now().Add(timeout)
-	}
-	if !d.Until.IsZero() && (deadline.IsZero() || d.Until.Before(deadline)) {
-		deadline = d.Until
 	}
 	for attempts = 1; ; attempts++ {
 		end := deadline

@@ -131,20 +131,20 @@ func NewPool(idleLife time.Duration) *Pool {
 
 // Take returns a connection to target that was open when Take looked, or nil. The caller owns it.
 func (p *Pool) Take(target Target) *tcp.Conn {
-	conn, _ := p.TakeUsed(target, false)
+	conn, _ := p.TakeUsed(&target, false)
 	return conn
 }
 
 // TakeUsed is Take for a target with options: it also returns what the connection has been used for. For a request that can be
 // sent again, a connection that was idle for at most Pause need not be looked at: its events are enough. That saves a request
 // of a busy service a system call.
-func (p *Pool) TakeUsed(target Target, repeatable bool) (*tcp.Conn, Use) {
+func (p *Pool) TakeUsed(target *Target, repeatable bool) (*tcp.Conn, Use) {
 	life := p.idleLife
 	if o := target.options(); o != nil && o.IdleLife > 0 {
 		life = min(life, o.IdleLife)
 	}
 	for {
-		last := p.last(target)
+		last := p.last(*target)
 		if last.conn == nil {
 			p.Stats.Missed.Add(1)
 			return nil, Use{}

@@ -388,7 +388,8 @@ func TestFreshConnectionsAreTakenByTheirEvents(t *testing.T) {
 			nettest.Eventually(t, "the poller to see the end", conn.Readable)
 		}
 		pool.idle[s.target()].conns[0].since = time.Now().Add(time.Hour) // the test may be slow
-		taken, _ := pool.TakeUsed(s.target(), true)
+		target := s.target()
+		taken, _ := pool.TakeUsed(&target, true)
 		if event == (taken != nil) {
 			t.Errorf("closed %v: took %v", event, taken)
 		}
