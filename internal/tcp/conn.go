@@ -198,11 +198,14 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return c.writeSocket(p)
 }
 
-func (c *Conn) writeSocket(p []byte) (int, error) {
+func (c *Conn) writeSocket(p []byte) (int, error) { return c.sendSocket(p, 0) }
+
+// sendSocket writes with flags of send(2).
+func (c *Conn) sendSocket(p []byte, flags uintptr) (int, error) {
 	c.ready.And(^uint32(writable)) // see try
 	n, errno := uintptr(0), unix.EINTR
 	for errno == unix.EINTR {
-		n, errno = write(c.fd, p)
+		n, errno = write(c.fd, p, flags)
 	}
 	if errno != 0 {
 		return 0, callError("write", errno)

@@ -264,9 +264,12 @@ func (s *Socket) Write(p []byte) (int, error) {
 	if l.writeErr != nil {
 		return 0, l.writeErr
 	}
-	rest := p
+	rest, flags := p, uintptr(0)
+	if l.closing {
+		flags = unix.MSG_MORE // FIN follows at once, in the segment of the close message
+	}
 	for l.unsent == nil && len(rest) > 0 {
-		n, err := s.c.writeSocket(rest)
+		n, err := s.c.sendSocket(rest, flags)
 		if err == ErrAgain {
 			l.unsent = TakeBuffer()
 			break

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -628,5 +629,40 @@ func TestSettleWaitsForUnsentBytes(t *testing.T) {
 	}
 	if all := <-got; !bytes.Equal(all, sent) {
 		t.Errorf("%d of %d bytes arrived", len(all), len(sent))
+	}
+}
+
+// The close message and FIN share a segment, and a peer that has closed answers one reset. The kernel sends the message alone only if
+// 200 ms pass before the FIN.
+func TestTheCloseMessageSharesASegmentWithFIN(t *testing.T) {
+	segments := func(t *testing.T, r *layerRig) (n uint32) {
+		raw, err := r.peer.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) {
+			info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n = info.Segs_in
+		})
+		return n
+	}
+	var got []uint32
+	for range 5 {
+		r := newLayerRig(t)
+		before := segments(t, r)
+		r.conn.Close()
+		if rest, err := io.ReadAll(r.peer); len(rest) > 0 || err != nil {
+			t.Fatalf("%q, %v", rest, err)
+		}
+		if n, err := r.peer.TCPConn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Fatalf("after the close message: %d, %v", n, err)
+		}
+		got = append(got, segments(t, r)-before)
+	}
+	if !slices.Contains(got, 1) {
+		t.Errorf("the ends of connections have %d segments", got)
 	}
 }

@@ -25,8 +25,8 @@ func read(fd int, p []byte) (n uintptr, errno syscall.Errno) {
 	return
 }
 
-func write(fd int, p []byte) (n uintptr, errno syscall.Errno) {
-	n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_NOSIGNAL, 0, 0)
+func write(fd int, p []byte, flags uintptr) (n uintptr, errno syscall.Errno) {
+	n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_NOSIGNAL|flags, 0, 0)
 	return
 }
 

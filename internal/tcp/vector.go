@@ -109,7 +109,7 @@ func (c *Conn) WriteVector(v *Vector) (int, error) {
 	n, errno := uintptr(0), unix.EINTR
 	for errno == unix.EINTR {
 		if len(pieces) == 1 {
-			n, errno = write(c.fd, unsafe.Slice(pieces[0].Base, pieces[0].Len))
+			n, errno = write(c.fd, unsafe.Slice(pieces[0].Base, pieces[0].Len), 0)
 		} else {
 			n, errno = writev(c.fd, pieces)
 		}
