@@ -87,3 +87,25 @@ func TestSessionsNameTheirVersionAndSuite(t *testing.T) {
 		}
 	}
 }
+
+// Each handshake names them for its record.
+func TestNamesOfVersionAndSuiteAreNotAllocated(t *testing.T) {
+	names := map[uint16]string{}
+	for _, suite := range tls.CipherSuites() {
+		names[suite.ID] = suite.Name
+	}
+	for _, suite := range mesh.Suites {
+		names[suite.Number] = suite.Name
+	}
+	versions := map[uint16]string{tls.VersionTLS12: "TLSv1.2", tls.VersionTLS13: "TLSv1.3"}
+	for suite, name := range names {
+		for version, want := range versions {
+			s := Session{Version: version, Suite: suite}
+			var gotVersion, gotName string
+			n := testing.AllocsPerRun(10, func() { gotVersion, gotName = s.VersionName(), s.CipherName() })
+			if n > 0 || gotVersion != want || gotName != name {
+				t.Errorf("%s with %s: %s and %s, with %v allocations", want, name, gotVersion, gotName, n)
+			}
+		}
+	}
+}

@@ -20,12 +20,9 @@ type secrets struct{ client, server []byte }
 
 // Write implements the key log: lines with a label, the client's random and a secret.
 func (s *secrets) Write(line []byte) (int, error) {
-	fields := bytes.Fields(line)
-	if len(fields) != 3 {
-		return len(line), nil
-	}
+	label, rest, _ := bytes.Cut(line, []byte(" "))
 	var to *[]byte
-	switch string(fields[0]) {
+	switch string(label) {
 	case "CLIENT_TRAFFIC_SECRET_0":
 		to = &s.client
 	case "SERVER_TRAFFIC_SECRET_0":
@@ -33,7 +30,8 @@ func (s *secrets) Write(line []byte) (int, error) {
 	default:
 		return len(line), nil
 	}
-	secret, err := hex.AppendDecode(nil, fields[2])
+	_, text, _ := bytes.Cut(rest, []byte(" "))
+	secret, err := hex.AppendDecode(nil, bytes.TrimSuffix(text, []byte("\n")))
 	if *to = secret; err != nil {
 		*to = nil
 	}
