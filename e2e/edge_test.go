@@ -144,6 +144,9 @@ func TestGatewayServesCurl(t *testing.T) {
 	if !strings.Contains(line, " 200 - via_upstream ") || !strings.Contains(line, "shop.example/api") {
 		t.Errorf("the access log has %s", line)
 	}
+	if _, metrics := get(t, e.pod, "http://127.0.0.1:15090/stats/prometheus"); !strings.Contains(metrics, "\ngo_gc_gogc_percent 200\n") {
+		t.Errorf("the collector is not a gateway's:\n%s", metrics)
+	}
 }
 
 // get sends a request over a new connection and returns the response with its body.

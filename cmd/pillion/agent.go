@@ -194,6 +194,9 @@ func (o *agentOptions) prepare(flags *pflag.FlagSet) error {
 	if err := limitMemory(int64(o.memory), controlGroup); err != nil {
 		o.config.Log.Warn("cannot apply the container's memory limit", "error", err)
 	}
+	if o.config.Gateway {
+		collectLess()
+	}
 	return nil
 }
 

@@ -99,6 +99,7 @@ func (o *gatewayOptions) run(cmd *cobra.Command) error {
 	if o.check {
 		return nil
 	}
+	collectLess()
 	o.config.Edge = source
 	return runAgent(o.config)
 }

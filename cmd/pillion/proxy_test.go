@@ -239,6 +239,20 @@ func TestGoGetsLessThanTheMemoryLimit(t *testing.T) {
 	}
 }
 
+func TestAGatewayCollectsLessUnlessItIsTold(t *testing.T) {
+	const inherited = 70
+	before := debug.SetGCPercent(inherited)
+	defer debug.SetGCPercent(before)
+	for variable, want := range map[string]int{"": 200, "70": inherited, "off": inherited} { // the runtime itself applies GOGC
+		debug.SetGCPercent(inherited)
+		t.Setenv("GOGC", variable)
+		collectLess()
+		if got := debug.SetGCPercent(inherited); got != want {
+			t.Errorf("GOGC=%s: %d, want %d", variable, got, want)
+		}
+	}
+}
+
 func TestAmountsOfMemory(t *testing.T) {
 	for text, want := range map[string]int{
 		"0": 0, "134217728": 128 << 20, "128Mi": 128 << 20, "128MiB": 128 << 20, "512Ki": 512 << 10, "2Gi": 2 << 30, "77B": 77,

@@ -215,6 +215,8 @@ func TestAnIngressGatewayServesClientsFromOutside(t *testing.T) {
 	if text, err := x.gateway.get(15090, "stats/prometheus"); err != nil || !hasSample(text, "istio_requests_total", []string{
 		`reporter="source"`, `source_workload="istio-ingressgateway"`, `destination_workload="nginx-deployment"`, `response_code="200"`}) {
 		t.Errorf("metrics, error %v:\n%s", err, linesOf(text, "istio_requests_total"))
+	} else if !strings.Contains(text, "\ngo_gc_gogc_percent 200\n") {
+		t.Errorf("the collector is not a gateway's: %s", linesOf(text, "go_gc_gogc"))
 	}
 	if status, err := x.plane.status(gatewayPod + ".default"); err != nil || status.ProxyType != "router" {
 		t.Errorf("istiod shows %+v, error %v", status, err)
