@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -133,6 +134,52 @@ func TestTheDecidedPathIsSent(t *testing.T) {
 		_, client, server := meetPlanned(t, decide)
 		client.sends("HEADERS 1 end :method=GET :scheme=http :path=/a/../b?c :authority=a x-a=1")
 		server.reads("HEADERS 1 end :method=GET :scheme=http :path=" + test.path + " :authority=a x-a=1" + field)
+	}
+}
+
+// Edits of a response have the request's path as the router returned it, although the buffer in which the request arrived has other
+// bytes by then: those of the request's body. The path of a target in absolute form, which a router returns, lies in that buffer.
+func TestAResponseIsEditedByThePathOfItsRequest(t *testing.T) {
+	plan := planOf(t, mesh.Forward{}, mesh.Edits{Response: mesh.HeaderEdits{Add: []mesh.HeaderEdit{add("x-asked", "%REQ(:method)% %REQ(:path)% %REQ(x-a)%", mesh.AppendOrAdd)}}})
+	retry := *plan
+	retry.Retry = retrying(mesh.Retry5xx, 1)
+	body := strings.Repeat("#", 200) // longer than the head, which it overwrites
+	for _, test := range []struct{ target, normal, sent string }{{"/b?c", "", "/b?c"}, {"http://a/b?c", "", "/b?c"}, {"/a/../b?c", "/b?c", "/b?c"}} {
+		request := "PUT " + test.sent + " HTTP/1.1$Host: a$X-A: 1$Content-Length: 200$$"
+		exchange := func(attempts string) string {
+			return `
+				> PUT ` + test.target + ` HTTP/1.1$Host: a$X-A: 1$Content-Length: 200$$
+				>> ` + request + `
+				> ` + body + `
+				>> ` + body + attempts + `
+				< HTTP/1.1 200 OK$Content-Length: 0$$
+				<< HTTP/1.1 200 OK$Content-Length: 0$x-asked: PUT ` + test.sent + ` 1$$`
+		}
+		again := `
+				< HTTP/1.1 503 Busy$Content-Length: 0$$
+				upstream is gone
+				>> ` + request + body
+		done := answered(200, 0)
+		done.received = uint64(len(body))
+		for _, c := range []struct {
+			plan     *route.Plan
+			attempts string
+		}{{plan, ""}, {&retry, again}} {
+			// Buffers are pooled, and the pool may return another one, so there are several requests.
+			conversation{"", strings.Repeat(exchange(c.attempts), 8), slices.Repeat([]recorded{done}, 8)}.playOn(t, func(r *rig) {
+				r.router = &planned{decide: func(q *Request, d *Decision) {
+					d.Plan = c.plan
+					if q.Attempt > 0 {
+						return
+					}
+					if test.normal != "" {
+						d.Path = []byte(test.normal)
+					} else if q.Absolute {
+						d.Path = q.Path
+					}
+				}}
+			})
+		}
 	}
 }
 
