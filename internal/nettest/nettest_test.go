@@ -40,6 +40,28 @@ func TestPodAndPeerReachEachOther(t *testing.T) {
 	}
 }
 
+// A listener waits for an address that is in use, and for no other error.
+func TestAListenerWaitsForItsAddress(t *testing.T) {
+	RequireRoot(t)
+	ns := New(t, "alone")
+	first := ns.Listen(t, "tcp", "127.0.0.1:0")
+	at := first.Addr().String()
+	OnceBlocked(t, "time.Sleep", func() { first.Close() })
+	if second := ns.Listen(t, "tcp", at); second.Addr().String() != at {
+		t.Errorf("listens at %v, want %s", second.Addr(), at)
+	}
+	strange := &attempt{TB: t}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		ns.Listen(strange, "tcp", netip.AddrPortFrom(PodIP4, 1).String())
+	}()
+	<-done
+	if !strange.Failed() {
+		t.Error("listens at an address that the namespace does not have")
+	}
+}
+
 func TestProgramsRunInsideAsTheGivenUser(t *testing.T) {
 	RequireRoot(t)
 	ns := New(t, "alone")
