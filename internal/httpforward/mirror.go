@@ -1,7 +1,6 @@
 package httpforward
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -10,6 +9,7 @@ import (
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/http1"
+	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
 )
@@ -210,28 +210,15 @@ func copyReason(err error) flow.Reason {
 
 // appendHead appends the head of the copy: that of the request, for another host.
 func (d *duplicate) appendHead(dst []byte, h *http1.Head) []byte {
-	raw, policy := d.of.raw, d.to.Policy
+	raw := d.of.raw
 	i := h.Find(http1.Host)
-	if i < 0 || policy.KeepHost && policy.HostRewrite == "" {
+	if i < 0 {
 		return append(dst, raw[:h.Length]...)
 	}
 	f := &h.Fields[i]
 	dst = append(dst, raw[:f.Value.Start]...)
-	if policy.HostRewrite != "" {
-		dst = append(dst, policy.HostRewrite...)
-	} else {
-		dst = appendShadow(dst, f.Value.In(raw))
-	}
+	dst = append(dst, route.MirrorHost(d.to.Policy, f.Value.In(raw))...)
 	return append(dst, raw[f.Value.End:h.Length]...)
-}
-
-// appendShadow appends a host with Envoy's suffix of copies, before its port.
-func appendShadow(dst, host []byte) []byte {
-	port := bytes.LastIndexByte(host, ':')
-	if port < 0 || bytes.IndexByte(host[port:], ']') >= 0 { // a colon in an address of IPv6
-		port = len(host)
-	}
-	return append(append(append(dst, host[:port]...), "-shadow"...), host[port:]...)
 }
 
 // awaitRoom waits until a server may take more of a request. One of HTTP/2 gives credit for it, which has to be read; a response

@@ -1,6 +1,9 @@
 package route
 
 import (
+	"bytes"
+	"slices"
+
 	"github.com/pillion-proxy/pillion/internal/mesh"
 )
 
@@ -65,3 +68,21 @@ func (p *Plan) AppendHost(dst, authority []byte) []byte {
 	}
 	return append(dst, p.host...)
 }
+
+// MirrorHost returns the authority of a copy of a request for a mirror. authority is the one that the request is sent with.
+func MirrorHost(m *mesh.Mirror, authority []byte) []byte {
+	switch {
+	case m.HostRewrite != "":
+		return []byte(m.HostRewrite)
+	case m.KeepHost, len(authority) == 0:
+		return authority
+	}
+	port := bytes.LastIndexByte(authority, ':')
+	if port < 0 || bytes.IndexByte(authority[port:], ']') >= 0 { // a colon in an address of IPv6
+		port = len(authority)
+	}
+	return slices.Concat(authority[:port], shadow, authority[port:])
+}
+
+// shadow is Envoy's suffix of the hosts of copies.
+var shadow = []byte("-shadow")

@@ -190,7 +190,7 @@ func HostOf(authority []byte) string {
 		host = host[:i]
 	}
 	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
-	if strings.ContainsAny(host, "@/ *") {
+	if strings.ContainsAny(host, "@/ *[]") {
 		return ""
 	}
 	return host

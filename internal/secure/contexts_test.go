@@ -55,7 +55,7 @@ func TestNamesWithoutRootsAreAnError(t *testing.T) {
 func TestHostsOfAuthorities(t *testing.T) {
 	for authority, want := range map[string]string{
 		"web.example": "web.example", "WEB.example:443": "web.example", "192.0.2.1:80": "192.0.2.1", "[2001:db8::1]:80": "2001:db8::1",
-		"[2001:db8::1]": "2001:db8::1", "": "", ":80": "", "user@web.example": "", "*.example": "",
+		"[2001:db8::1]": "2001:db8::1", "": "", ":80": "", "user@web.example": "", "*.example": "", "[2001:db8::1]-shadow": "", "[2001:db8::1]-shadow:80": "",
 	} {
 		if got := HostOf([]byte(authority)); got != want {
 			t.Errorf("%q: %q, want %q", authority, got, want)

@@ -351,6 +351,7 @@ func inspect(fields route.Fields) (grpc, asks bool) {
 
 // mirror adds the endpoints that copies of the request are sent to.
 func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
+	authority := r.authority(d.Plan)
 	for i := range d.Plan.Mirrors {
 		m := &d.Plan.Mirrors[i]
 		config := s.Cluster(m.Cluster)
@@ -363,7 +364,7 @@ func (r *routing) mirror(s *mesh.Snapshot, d *httpforward.Decision) {
 		in := r.upstreamProtocol(config)
 		copied := httpforward.Mirror{Policy: m, HTTP2: in == secure.HTTP2}
 		request := balance.Request{Original: r.info.Destination}
-		lease, failed := r.role.endpoint(s, config, nil, &request, in, r.authority(d.Plan), &copied.Target)
+		lease, failed := r.role.endpoint(s, config, nil, &request, in, route.MirrorHost(m, authority), &copied.Target)
 		if failed == nil {
 			copied.Lease = lease
 			d.Mirrors = append(d.Mirrors, copied)

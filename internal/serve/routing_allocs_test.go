@@ -130,6 +130,49 @@ func TestARememberedClusterFollowsItsSnapshot(t *testing.T) {
 	}
 }
 
+// A copy of a request has the host of its mirror. Where the host decides which server is expected, it is that one.
+func TestTheHostOfACopyIsVerified(t *testing.T) {
+	r := newTestRouting(t)
+	p := r.role.mesh.(*plane)
+	policies := []mesh.Mirror{{}, {KeepHost: true}, {HostRewrite: "Copies.example:81"}, {KeepHost: true, HostRewrite: "copies.example"}}
+	for i := range policies {
+		policies[i].Cluster, policies[i].Fraction = "mirror", mesh.Fraction{Numerator: 1, Denominator: 1}
+	}
+	for rewrite, want := range map[string][]string{
+		"":                {"web-shadow", "web", "copies.example", "copies.example"},
+		"Other.example:1": {"other.example-shadow", "other.example", "copies.example", "copies.example"},
+	} {
+		edit := p.Snapshot().Edit()
+		edit.SetCluster("mirror", &mesh.Cluster{
+			Name: "mirror", Discovery: mesh.OriginalDestination, Breakers: mesh.Breakers{Connections: 10, Pending: 10, Requests: 10},
+			Transports: []mesh.Transport{{TLS: &mesh.UpstreamTLS{Roots: "ca", HostSNI: true, HostName: true}}},
+		})
+		f := &mesh.Forward{Clusters: []mesh.WeightedCluster{{Name: "v1", Weight: 1}}, HostRewrite: rewrite, Mirrors: policies}
+		edit.SetRoutes("80", &mesh.Routes{Name: "80", Hosts: []mesh.VirtualHost{{Name: "web", Domains: []mesh.Domain{{Kind: mesh.DomainAny}}, Routes: []mesh.Route{
+			{Name: "default", Match: mesh.RouteMatch{Path: "/"}, Forward: f},
+		}}}})
+		snapshot, _ := edit.Snapshot()
+		p.current.Store(snapshot)
+		d := r.Route(&httpforward.Request{Method: []byte("GET"), Path: []byte("/a"), Authority: []byte("web"), Scheme: []byte("http"), Fields: fields(nil)})
+		if d.Lease == nil {
+			t.Fatalf("%+v", d)
+		}
+		d.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+		var got []string
+		for _, m := range d.Mirrors {
+			m.Lease.End(httpforward.Outcome{Status: 200, GRPC: -1, Connected: true})
+			for key, made := range *r.role.securities.Load() {
+				if made == m.Target.Security {
+					got = append(got, key.host)
+				}
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("rewritten to %q: the copies verify %q, want %q", rewrite, got, want)
+		}
+	}
+}
+
 // A request may ask for any number of retries. What is remembered of them are the last endpoints.
 func TestRetriesRememberTheLastEndpoints(t *testing.T) {
 	r := newTestRouting(t)
