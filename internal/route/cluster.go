@@ -23,6 +23,7 @@ type Cluster struct {
 	faults *faults // nil if the requests get no faults
 	cors   *cors   // nil without a policy
 	hash   *hashing
+	moved  *rewrite                // of the paths of redirects; nil without a regular expression
 	plans  [4]atomic.Pointer[Plan] // by planKind
 }
 
@@ -52,6 +53,9 @@ func (c *Cluster) compile(t *mesh.Routes, h *mesh.VirtualHost, r *mesh.Route, so
 	var p patterns
 	c.faults = compileFaults(c.filters(), &p)
 	if source == nil {
+		if to := r.Redirect; to != nil && to.Regex != nil {
+			c.moved = compileRewrite(to.Regex)
+		}
 		return
 	}
 	c.Name, c.weight = source.Name, source.Weight

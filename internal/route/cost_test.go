@@ -4,6 +4,7 @@ package route
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -59,6 +60,27 @@ func TestSearchesDoNotAllocate(t *testing.T) {
 		if allocs != 0 {
 			t.Errorf("%s: %v allocations", search.name, allocs)
 		}
+	}
+}
+
+// The regular expression of a redirect is compiled once. To compile it costs more allocations than there are alternatives in it.
+func TestARedirectDoesNotCompile(t *testing.T) {
+	const alternatives = 100
+	pattern := strings.Builder{}
+	for i := range alternatives {
+		fmt.Fprintf(&pattern, "(/%c%d+)|", 'a'+i%26, i)
+	}
+	redirect := mesh.Redirect{Code: 301, Host: "b", Regex: &mesh.RegexRewrite{Pattern: pattern.String() + "^/x", Substitution: "/y"}}
+	table := Of(everything(mesh.VirtualHost{Routes: []mesh.Route{{Match: mesh.RouteMatch{Path: "/"}, Redirect: &redirect}}}))
+	r := request("GET http://a/x?q")
+	n := testing.AllocsPerRun(100, func() {
+		c := table.Find(r)
+		if o := c.Outcome(r, false); o.Reply.Fields[0].Value != "http://b/y?q" {
+			t.Fatalf("redirected to %+v", o.Reply)
+		}
+	})
+	if t.Logf("%v allocations", n); n >= alternatives {
+		t.Errorf("%v allocations", n)
 	}
 }
 

@@ -33,7 +33,7 @@ func (c *Choice) Outcome(r *Request, hashed bool) Outcome {
 	case preflight != nil:
 		o.Reply = preflight
 	case c.Route.Redirect != nil:
-		o.Reply = redirect(c.Route, r)
+		o.Reply = c.Cluster.redirect(r)
 	case c.Route.Respond != nil:
 		o.Reply = directReply(c.Route.Respond)
 	}

@@ -28,9 +28,9 @@ func secureRedirect(r *Request) *Reply {
 	return reply
 }
 
-// redirect returns the redirect of a request by a route.
-func redirect(route *mesh.Route, r *Request) *Reply {
-	to := route.Redirect
+// redirect returns the redirect of a request by the route.
+func (c *Cluster) redirect(r *Request) *Reply {
+	to := c.route.Redirect
 	scheme, host := to.Scheme, to.Host
 	if scheme == "" {
 		scheme = requestScheme(r)
@@ -45,7 +45,7 @@ func redirect(route *mesh.Route, r *Request) *Reply {
 	if to.Port != 0 {
 		location += ":" + strconv.Itoa(int(to.Port))
 	}
-	return redirectReply(to.Code, location+redirectPath(route, r))
+	return redirectReply(to.Code, location+c.redirectPath(r))
 }
 
 func requestScheme(r *Request) string {
@@ -72,8 +72,8 @@ func redirectHost(to *mesh.Redirect, r *Request, scheme string) string {
 }
 
 // redirectPath returns the path and the query of a redirect.
-func redirectPath(route *mesh.Route, r *Request) string {
-	to := route.Redirect
+func (c *Cluster) redirectPath(r *Request) string {
+	to := c.route.Redirect
 	target := origin(r.Path)
 	switch {
 	case strings.Contains(to.Path, "?"):
@@ -81,10 +81,10 @@ func redirectPath(route *mesh.Route, r *Request) string {
 	case to.Path != "":
 		target = append([]byte(to.Path), target[queryStart(target):]...)
 	case to.Prefix != "":
-		w := pathRewrite{match: &route.Match, prefix: to.Prefix}
+		w := pathRewrite{match: &c.route.Match, prefix: to.Prefix}
 		target = w.append(nil, target)
 	case to.Regex != nil:
-		w := pathRewrite{regex: compileRewrite(to.Regex)}
+		w := pathRewrite{regex: c.moved}
 		target = w.append(nil, target)
 	}
 	if to.StripQuery {
