@@ -354,7 +354,8 @@ func (h *hub) moveWaiting(l *leg) {
 	}
 }
 
-// reap takes over dials that have ended, and removes connections that are lost or not used any more.
+// reap takes over dials that have ended, removes connections that are lost or not used any more, and opens calls that wait. It reports
+// whether any of this happened: then there may be requests to write, and the hub must not wait.
 func (h *hub) reap() (moved bool) {
 	for d := range h.dials {
 		if !d.ended.Load() {
@@ -370,8 +371,8 @@ func (h *hub) reap() (moved bool) {
 		h.connected(d.leg, d.conn)
 	}
 	for i := 0; i < len(h.ups); {
-		l := h.ups[i]
-		if len(l.waiting) > 0 {
+		l, waiting := h.ups[i], len(h.ups[i].waiting)
+		if waiting > 0 {
 			l.openWaiting()
 		}
 		if l.readErr == nil && l.writeErr != nil {
@@ -381,6 +382,7 @@ func (h *hub) reap() (moved bool) {
 			l.closing = true
 			h.moveWaiting(l)
 		}
+		moved = moved || len(l.waiting) < waiting
 		if l.readErr == nil && l.conn != nil && l.closing && l.load() == 0 {
 			l.readErr = errUnused
 		}

@@ -14,7 +14,6 @@ import (
 	"net/textproto"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
@@ -377,49 +376,6 @@ func TestResponsesOfHTTP1AsHTTP2(t *testing.T) {
 			client.reads("HEADERS 3 end :status=200 content-length=0")
 		})
 	}
-}
-
-// Bytes behind a response are not the response to the request that waits for the connection: a server that sends a body in
-// response to HEAD would let whoever chooses that body answer the requests of others.
-func TestBytesBehindAResponseAnswerNoOtherRequest(t *testing.T) {
-	var waiting atomic.Int32
-	all := make(chan struct{})
-	const idle = 255 // connections of the hub, which has one for each of its streams at most
-	other := serveHTTP2(t, func(http.ResponseWriter, *http.Request) {
-		if waiting.Add(1) == idle {
-			close(all)
-		}
-		<-all
-	})
-	o := newOrigin(t)
-	r := newHub(t, o.address, &planned{decide: func(q *Request, d *Decision) {
-		if d.Translate = true; string(q.Path) == "/other" {
-			d.Target.Address = other
-		}
-	}}, plain)
-	client := greetHub(t, r, "")
-	for i := range idle {
-		client.sends(fmt.Sprintf("HEADERS %d end :method=GET :scheme=http :path=/other :authority=a", 2*i+1))
-	}
-	for range idle {
-		if got := client.next(); !strings.Contains(got, " end :status=200") {
-			t.Fatalf("read %q", got)
-		}
-	}
-	client.sends("HEADERS 1001 end :method=HEAD :scheme=http :path=/first :authority=a")
-	server := o.accept()
-	head(t, bufio.NewReader(server))
-	client.sends("HEADERS 1003 end :method=GET :scheme=http :path=/second :authority=a")
-	client.sends("PING 12345678")
-	client.reads("PING ack 12345678") // the second request waits for the connection of the first
-	send(t, server, "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nHTTP/1.1 200 OK\r\nForged: 1\r\nContent-Length: 0\r\n\r\n")
-	client.reads("HEADERS 1001 end :status=200 content-length=3")
-	server = o.accept()
-	if got := head(t, bufio.NewReader(server)); !strings.HasPrefix(got, "GET /second ") {
-		t.Fatalf("the server read %q", got)
-	}
-	send(t, server, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-	client.reads("HEADERS 1003 end :status=200 content-length=0")
 }
 
 // A server that closes an idle connection at the moment of use costs no request.
