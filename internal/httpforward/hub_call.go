@@ -386,7 +386,9 @@ func (h *hub) detach(c *call) {
 		l.idleAt = h.now()
 		h.watch(l.idleAt.Add(l.idleLife()))
 	}
-	l.openWaiting()
+	if l.http1 == nil {
+		l.openWaiting()
+	} // otherwise reap does, after the connection was read
 }
 
 // keepCall counts what a call holds besides its queues.

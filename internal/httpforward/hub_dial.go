@@ -39,6 +39,9 @@ func (h *hub) dispatch(c *call) {
 	l.joined++
 	l.waiting = append(l.waiting, c)
 	h.awaitEnd(c)
+	if l.http1 != nil && l.load() > 1 {
+		return // reap opens it when its turn has come
+	}
 	l.openWaiting()
 	if c.leg != l || c.upID != 0 || l.http1 != nil {
 		return
@@ -88,7 +91,7 @@ func (h *hub) place(c *call) *leg {
 		if l.conn != nil && l.conn.Retired() || l.over(l.joined) {
 			continue
 		}
-		if translate && l.stale(c) {
+		if translate && l.load() == 0 && l.stale(c) {
 			l.http1.broken, l.closing = true, true
 			continue
 		}
@@ -301,7 +304,7 @@ func (l *leg) nextWaiting() *call {
 }
 
 // takes reports whether a call can be opened on the connection now. Bytes of HTTP/1 that are read and not handled come before it:
-// they may belong to no response, and must not be taken for that of the call.
+// they may belong to no response, and must not be taken for that of the call. For those that are not read yet, see stale.
 func (l *leg) takes() bool {
 	return l.conn != nil && !l.closing && l.readErr == nil && l.open < l.places() && !l.full() && (l.http1 == nil || l.in == nil)
 }
@@ -372,7 +375,11 @@ func (h *hub) reap() (moved bool) {
 	}
 	for i := 0; i < len(h.ups); {
 		l, waiting := h.ups[i], len(h.ups[i].waiting)
-		if waiting > 0 {
+		switch {
+		case waiting == 0 || !l.takes():
+		case l.http1 != nil && l.stale(l.waiting[0]):
+			l.http1.broken, l.readErr = true, errUnused // lost finds other connections
+		default:
 			l.openWaiting()
 		}
 		if l.readErr == nil && l.writeErr != nil {

@@ -59,10 +59,10 @@ func (l *leg) speakHTTP1(c *call) (connected bool) {
 	return true
 }
 
-// stale reports whether the server has closed an idle connection. As in session.connect, it is asked if the request could not be
-// sent again, or after some time.
+// stale reports whether the server has closed a connection without an open call, or has sent bytes that belong to no response. As in
+// session.connect, the kernel is asked if the request could not be sent again, or after some time.
 func (l *leg) stale(c *call) bool {
-	if l.conn == nil || l.load() > 0 {
+	if l.conn == nil {
 		return false
 	}
 	asks := l.conn.Readable() || !idempotent(readOnly(c.sent.Method)) || l.h.now().Sub(l.idleAt) > upstream.Pause

@@ -10,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
+	"github.com/pillion-proxy/pillion/internal/nettest"
 	"github.com/pillion-proxy/pillion/internal/route"
 	"github.com/pillion-proxy/pillion/internal/tcp"
 	"github.com/pillion-proxy/pillion/internal/upstream"
@@ -67,6 +69,93 @@ func TestBytesBehindAResponseAnswerNoOtherRequest(t *testing.T) {
 	}
 	send(t, server, ok(""))
 	client.reads("HEADERS 1003 end :status=200 content-length=0")
+}
+
+// A call that waits for a connection is not sent on it if the server has closed it, or has sent bytes behind the response, by the
+// time when the call before ends, although they are not read yet: it is sent on another.
+func TestUnreadBytesAnswerNoOtherRequest(t *testing.T) {
+	for name, happens := range map[string]func(t *testing.T, server *net.TCPConn){
+		"bytes": func(t *testing.T, server *net.TCPConn) { send(t, server, "HTTP/1.1 200 OK\r\nForged: 1\r\n\r\n") },
+		"an end": func(t *testing.T, server *net.TCPConn) {
+			if err := server.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		for _, method := range []string{"GET", "POST"} {
+			for _, long := range []int{0, 20} { // other responses, which leave downstream no room: nothing more is read then
+				t.Run(fmt.Sprintf("%s behind %s and %d others", method, name, long), func(t *testing.T) {
+					testUnread(t, method, happens, long)
+				})
+			}
+		}
+	}
+}
+
+func testUnread(t *testing.T, method string, happens func(*testing.T, *net.TCPConn), long int) {
+	var first atomic.Pointer[tcp.Conn]
+	security := &upstream.Security{Handshake: func(_ *tcp.Waiter, c *tcp.Conn, _ time.Time) error {
+		first.CompareAndSwap(nil, c)
+		return nil
+	}}
+	held, release := make(chan struct{}), make(chan struct{})
+	o, r, client := newFullHub(t, 1+long, func(q *Request, d *Decision) {
+		switch string(q.Path) {
+		case "/long":
+		case "/holds":
+			close(held)
+			<-release
+			*d = Decision{Check: new(question)}
+		default:
+			d.Target.Security = security
+		}
+	})
+	client.sends("SETTINGS 4=65536")
+	client.sends("WINDOW 0 10000000")
+	client.reads("SETTINGS ack")
+	var others []*net.TCPConn
+	for i := range long {
+		client.sends(fmt.Sprintf("HEADERS %d end :method=GET :scheme=http :path=/long :authority=a", 801+2*i))
+		others = append(others, o.accept())
+	}
+	client.sends("HEADERS 1001 :method=POST :scheme=http :path=/first :authority=a")
+	server := o.accept()
+	head(t, bufio.NewReader(server))
+	client.sends("HEADERS 1003 end :method=" + method + " :scheme=http :path=/second :authority=a")
+	client.sends("PING 12345678")
+	client.reads("PING ack 12345678") // the second request waits for the connection of the first
+	send(t, server, ok(""))
+	client.reads("HEADERS 1001 end :status=200 content-length=0")
+	client.sends("HEADERS 1005 end :method=GET :scheme=http :path=/holds :authority=a")
+	<-held // from here on the hub reads nothing
+	client.sends("DATA 1001 end")
+	client.sends("HEADERS 1007 end :method=" + method + " :scheme=http :path=/third :authority=a")
+	for _, other := range others {
+		send(t, other, ok(strings.Repeat("x", 20_000)))
+	}
+	happens(t, server)
+	nettest.Eventually(t, "the event", first.Load().Readable)
+	close(release)
+	server = o.accept()
+	lines := bufio.NewReader(server)
+	for _, c := range []struct{ path, stream string }{{"/second", "1003"}, {"/third", "1007"}} {
+		if got := head(t, lines); !strings.HasPrefix(got, method+" "+c.path+" ") {
+			t.Fatalf("the server read %q", got)
+		}
+		send(t, server, "HTTP/1.1 200 OK\r\nHonest: 1\r\nContent-Length: 0\r\n\r\n")
+		got := client.next()
+		for strings.HasPrefix(got, "HEADERS 8") || strings.HasPrefix(got, "DATA 8") {
+			got = client.next()
+		}
+		if got != "HEADERS "+c.stream+" end :status=200 honest=1 content-length=0" {
+			t.Fatalf("read %q", got)
+		}
+	}
+	for i := range 258 {
+		if got := r.records.await(t, i); got.reason != flow.Completed || got.status != 200 || got.attempts != 1 {
+			t.Errorf("the record is %+v", got)
+		}
+	}
 }
 
 // A call that moves from a retired connection to an idle one is sent at once, although nothing else happens. One connection of a
