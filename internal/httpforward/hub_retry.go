@@ -292,6 +292,7 @@ func (h *hub) checkCall(c *call, now time.Time) {
 		h.resetDownstream(c.id, http2.InternalError)
 		h.finish(c, r.reason, nil)
 	case r != nil && c.response.ended:
+		h.cancel(c, http2.Cancel) // the server may wait for the rest of the request
 		h.abandon(c, r, r.reason, nil)
 	case r == &replyTryTimeout:
 		h.cancel(c, http2.Cancel)
