@@ -2,6 +2,7 @@ package outbound
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -10,9 +11,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/pillion-proxy/pillion/internal/flow"
 	"github.com/pillion-proxy/pillion/internal/mesh"
@@ -509,6 +514,82 @@ func TestRequestsWithoutRoutesEndWithTheirPassage(t *testing.T) {
 	}
 	if _, err := client.read.ReadByte(); err != io.EOF {
 		t.Errorf("the connection does not end: %v", err)
+	}
+}
+
+// A connection of HTTP/2 whose port becomes one of bytes serves its requests by its last routes, and without any as the bytes of new
+// connections: where these may not go, requests are refused. Then it ends in order, with the last request that is served.
+func TestHTTP2OfAPortThatBecomesOneOfBytes(t *testing.T) {
+	type step struct{ cluster, want string }
+	for name, steps := range map[string][]step{
+		"with routes":    {{"", "200 82"}, {"secured", "200 82"}},
+		"without routes": {{"", "200 82"}, {"PassthroughCluster", "200 81"}, {"BlackHoleCluster", "503 "}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRouted(t, to("v1"))
+			r.serve(t, 81, 82)
+			r.cluster("v1", nil, 82)
+			r.push(func(e *mesh.Edit) {
+				e.SetCluster("BlackHoleCluster", &mesh.Cluster{Name: "BlackHoleCluster", Discovery: mesh.Static, Breakers: unlimited})
+				e.SetCluster("secured", &mesh.Cluster{Name: "secured", Discovery: mesh.OriginalDestination, Breakers: unlimited, Transports: []mesh.Transport{
+					{Name: "tls", TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}},
+				}})
+			})
+			conn := r.Dial(t, r.At(81))
+			conn.SetDeadline(time.Now().Add(nettest.Patience))
+			servetest.Send(t, conn, http2.ClientPreface)
+			framer := http2.NewFramer(conn, conn)
+			framer.ReadMetaHeaders = hpack.NewDecoder(4<<10, nil)
+			var block bytes.Buffer
+			encoder := hpack.NewEncoder(&block)
+			framer.WriteSettings()
+			var farewells []string
+			// next returns what comes on a stream until its end; on stream zero, until that of the connection.
+			next := func(stream uint32) (got string) {
+				for {
+					frame, err := framer.ReadFrame()
+					if stream == 0 && err == io.EOF {
+						return "the end"
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					switch f := frame.(type) {
+					case *http2.MetaHeadersFrame:
+						got = f.PseudoValue("status") + " "
+					case *http2.DataFrame:
+						got += string(f.Data())
+					case *http2.GoAwayFrame:
+						farewells = append(farewells, fmt.Sprint(f.LastStreamID, " ", f.ErrCode))
+					case *http2.RSTStreamFrame:
+						t.Fatal(f)
+					}
+					if h := frame.Header(); stream != 0 && h.StreamID == stream && h.Flags.Has(http2.FlagDataEndStream) {
+						return got
+					}
+				}
+			}
+			stream := uint32(1)
+			for _, step := range steps {
+				if step.cluster != "" {
+					r.bytes(&mesh.TCPProxy{Clusters: []mesh.TCPCluster{{Name: step.cluster, Weight: 1}}})
+				}
+				block.Reset()
+				for _, field := range []string{":method=GET", ":scheme=http", ":path=/", ":authority=web"} {
+					name, value, _ := strings.Cut(field, "=")
+					encoder.WriteField(hpack.HeaderField{Name: name, Value: value})
+				}
+				framer.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+				if got := next(stream); got != step.want && !(step.want == "503 " && strings.HasPrefix(got, step.want)) {
+					t.Fatalf("%q: read %q, want %q", step.cluster, got, step.want)
+				}
+				stream += 2
+			}
+			next(0)
+			if want := []string{"2147483647 NO_ERROR", fmt.Sprint(stream-2, " NO_ERROR")}; !slices.Equal(farewells, want) {
+				t.Errorf("the connection ends with %q, want %q", farewells, want)
+			}
+		})
 	}
 }
 
