@@ -386,9 +386,9 @@ func (h *hub) detach(c *call) {
 		l.idleAt = h.now()
 		h.watch(l.idleAt.Add(l.idleLife()))
 	}
-	if l.http1 == nil {
+	if l.http1 == nil { // otherwise reap does, after the connection was read
 		l.openWaiting()
-	} // otherwise reap does, after the connection was read
+	}
 }
 
 // keepCall counts what a call holds besides its queues.

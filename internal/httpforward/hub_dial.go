@@ -91,9 +91,14 @@ func (h *hub) place(c *call) *leg {
 		if l.conn != nil && l.conn.Retired() || l.over(l.joined) {
 			continue
 		}
-		if translate && l.load() == 0 && l.stale(c) {
-			l.http1.broken, l.closing = true, true
-			continue
+		if translate && l.load() == 0 && l.conn != nil {
+			if l.conn.Sending() {
+				continue // the rest of a request whose response came early
+			}
+			if l.stale(c) {
+				l.http1.broken, l.closing = true, true
+				continue
+			}
 		}
 		if translate && l.room() > 0 {
 			return l // it has one place, and the others need not be looked at
@@ -304,9 +309,9 @@ func (l *leg) nextWaiting() *call {
 }
 
 // takes reports whether a call can be opened on the connection now. Bytes of HTTP/1 that are read and not handled come before it:
-// they may belong to no response, and must not be taken for that of the call. For those that are not read yet, see stale.
+// they may belong to no response, and must not be taken for that of the call. For those that are not read yet, see reap.
 func (l *leg) takes() bool {
-	return l.conn != nil && !l.closing && l.readErr == nil && l.open < l.places() && !l.full() && (l.http1 == nil || l.in == nil)
+	return l.conn != nil && !l.closing && l.readErr == nil && l.writeErr == nil && l.open < l.places() && !l.full() && (l.http1 == nil || l.in == nil)
 }
 
 // share opens calls that wait for a place on a connection of HTTP/2 on others to the same target. It reports whether it has opened
@@ -376,8 +381,8 @@ func (h *hub) reap() (moved bool) {
 	for i := 0; i < len(h.ups); {
 		l, waiting := h.ups[i], len(h.ups[i].waiting)
 		switch {
-		case waiting == 0 || !l.takes():
-		case l.http1 != nil && l.stale(l.waiting[0]):
+		case waiting == 0 || !l.takes() || l.http1 != nil && l.conn.Sending():
+		case l.http1 != nil && !l.conn.Quiet(): // the poller may not have seen yet what the kernel has
 			l.http1.broken, l.readErr = true, errUnused // lost finds other connections
 		default:
 			l.openWaiting()

@@ -60,11 +60,8 @@ func (l *leg) speakHTTP1(c *call) (connected bool) {
 }
 
 // stale reports whether the server has closed a connection without an open call, or has sent bytes that belong to no response. As in
-// session.connect, the kernel is asked if the request could not be sent again, or after some time.
+// session.connect, the kernel is asked if the method forbids to send the request again, or after some time.
 func (l *leg) stale(c *call) bool {
-	if l.conn == nil {
-		return false
-	}
 	asks := l.conn.Readable() || !idempotent(readOnly(c.sent.Method)) || l.h.now().Sub(l.idleAt) > upstream.Pause
 	return asks && !l.conn.Quiet()
 }

@@ -134,7 +134,7 @@ func testUnread(t *testing.T, method string, happens func(*testing.T, *net.TCPCo
 		send(t, other, ok(strings.Repeat("x", 20_000)))
 	}
 	happens(t, server)
-	nettest.Eventually(t, "the event", first.Load().Readable)
+	nettest.Eventually(t, "the arrival", func() bool { return !first.Load().Quiet() })
 	close(release)
 	server = o.accept()
 	lines := bufio.NewReader(server)

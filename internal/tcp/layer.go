@@ -231,6 +231,11 @@ func (l *layered) closeAccount() {
 	}
 }
 
+// Sending reports whether the connection's layer has written what the socket has not taken yet. A wait for the connection sends it.
+func (c *Conn) Sending() bool {
+	return c.layer != nil && c.layer.unsent != nil && c.layer.writeErr == nil
+}
+
 // Bare reports whether the connection has no layer. Only such a connection can be spliced.
 func (c *Conn) Bare() bool { return c.layer == nil }
 

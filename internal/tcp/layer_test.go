@@ -303,7 +303,13 @@ func TestAPartlySentRecordIsFinishedFirst(t *testing.T) {
 // A half-close sends the unsent bytes, then the close message, then FIN.
 func TestAHalfCloseFollowsUnsentBytes(t *testing.T) {
 	r := newLayerRig(t)
+	if r.conn.Sending() {
+		t.Error("sends before anything was written")
+	}
 	sent := r.fill(t, random(64<<20))
+	if !r.conn.Sending() {
+		t.Error("the unsent bytes are not being sent")
+	}
 	for range 2 {
 		if err := r.conn.CloseWrite(); err != nil {
 			t.Fatal(err)
@@ -328,6 +334,9 @@ func TestAHalfCloseFollowsUnsentBytes(t *testing.T) {
 		t.Errorf("the other half: %d, %v", n, err)
 	}
 	<-done
+	if r.conn.Sending() {
+		t.Error("sends after all has arrived")
+	}
 	if n, err := r.conn.Write([]byte("x")); n != 0 || !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("a closed half takes %d bytes, %v", n, err)
 	}
