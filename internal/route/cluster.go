@@ -15,16 +15,16 @@ type Cluster struct {
 	Name     string
 	NotFound *Reply // if the cluster does not exist
 
-	table  *mesh.Routes
-	host   *mesh.VirtualHost
-	route  *mesh.Route
-	source *mesh.WeightedCluster // nil: the route answers
-	weight uint32
-	faults *faults // nil if the requests get no faults
-	cors   *cors   // nil without a policy
-	hash   *hashing
-	moved  *rewrite                // of the paths of redirects; nil without a regular expression
-	plans  [4]atomic.Pointer[Plan] // by planKind
+	table         *mesh.Routes
+	host          *mesh.VirtualHost
+	route         *mesh.Route
+	source        *mesh.WeightedCluster // nil: the route answers
+	weight        uint32
+	faults        *faults // nil if the requests get no faults
+	cors          *cors   // nil without a policy
+	hash          *hashing
+	redirectRegex *rewrite                // of the path of a redirect; nil without a regular expression
+	plans         [4]atomic.Pointer[Plan] // by planKind
 }
 
 // clusters are the compiled clusters of a route.
@@ -54,7 +54,7 @@ func (c *Cluster) compile(t *mesh.Routes, h *mesh.VirtualHost, r *mesh.Route, so
 	c.faults = compileFaults(c.filters(), &p)
 	if source == nil {
 		if to := r.Redirect; to != nil && to.Regex != nil {
-			c.moved = compileRewrite(to.Regex)
+			c.redirectRegex = compileRewrite(to.Regex)
 		}
 		return
 	}

@@ -84,7 +84,7 @@ func (c *Cluster) redirectPath(r *Request) string {
 		w := pathRewrite{match: &c.route.Match, prefix: to.Prefix}
 		target = w.append(nil, target)
 	case to.Regex != nil:
-		w := pathRewrite{regex: c.moved}
+		w := pathRewrite{regex: c.redirectRegex}
 		target = w.append(nil, target)
 	}
 	if to.StripQuery {
