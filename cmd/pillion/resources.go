@@ -31,9 +31,9 @@ func limitMemory(bytes int64, root string) error {
 	return nil
 }
 
-// collectLess lets the heap of a gateway grow to three times what is live, unless GOGC says otherwise. The garbage of handshakes
-// makes most of it: a new connection takes 0.90 of the CPU time, and the process 4 MB more under such load. A sidecar has fewer of
-// them, and a node has many sidecars.
+// collectLess lets the heap of a gateway grow to three times what is live, unless GOGC is set. A new connection of TLS leaves 46 KB of
+// garbage, and takes 0.90 of the CPU time that it takes with twice, with 4 MB more under such load. Sidecars have fewer new connections,
+// and a node has many sidecars.
 func collectLess() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
