@@ -539,7 +539,7 @@ func TestAConnectionShowsItsClientAsItBegan(t *testing.T) {
 			if after == mesh.AppendClientCert {
 				want = before + ";URI=" + idOfClient
 			}
-			if got := ask(); got != want || dialled.Load() != 2 {
+			if got := ask(); got != want || dialled.Load() < 2 { // the client may have made a third one already
 				t.Errorf("%s, %v: over connection %d the workload sees %q, want %q", name, after, dialled.Load(), got, want)
 			}
 			transport.CloseIdleConnections()
