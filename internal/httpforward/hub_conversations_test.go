@@ -21,7 +21,7 @@ import (
 )
 
 // greetHub begins a connection to a hub.
-func greetHub(t *testing.T, r *rig, settings string) *speaker {
+func greetHub(t testing.TB, r *rig, settings string) *speaker {
 	t.Helper()
 	client := newSpeaker(t, r.dial(t))
 	send(t, client.conn, http2.ClientPreface)
@@ -33,7 +33,7 @@ func greetHub(t *testing.T, r *rig, settings string) *speaker {
 }
 
 // acceptHub accepts a hub's connection, and answers its greeting.
-func acceptHub(t *testing.T, o *origin, settings string) *speaker {
+func acceptHub(t testing.TB, o *origin, settings string) *speaker {
 	t.Helper()
 	server := newSpeaker(t, o.accept())
 	expect(t, server.conn, http2.ClientPreface)

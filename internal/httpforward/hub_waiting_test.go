@@ -210,35 +210,37 @@ func TestACallThatMovesFromARetiredConnectionIsSent(t *testing.T) {
 // A request that is cut off by the limit of its stream, after its response, leaves no connection on which the server still waits for
 // the rest of it: that would be taken from the next request.
 func TestACutRequestIsNotContinuedByTheNext(t *testing.T) {
-	limited := &route.Plan{MaxStream: new(50 * time.Millisecond)}
 	for _, translate := range []bool{true, false} {
-		o := newOrigin(t)
-		r := newHub(t, o.address, &planned{decide: func(q *Request, d *Decision) {
-			if d.Translate = translate; string(q.Method) == "POST" {
-				d.Plan = limited
+		nettest.UnderLimit(t, 50*time.Millisecond, func(t testing.TB, limit time.Duration) { // in which the response reaches the client
+			limited := &route.Plan{MaxStream: &limit}
+			o := newOrigin(t)
+			r := newHub(t, o.address, &planned{decide: func(q *Request, d *Decision) {
+				if d.Translate = translate; string(q.Method) == "POST" {
+					d.Plan = limited
+				}
+			}}, plain)
+			client := greetHub(t, r, "")
+			client.sends("HEADERS 1 :method=POST :scheme=http :path=/ :authority=a content-length=100")
+			if !translate {
+				server := acceptHub(t, o, "")
+				server.reads("HEADERS 1 :method=POST :scheme=http :path=/ :authority=a content-length=100")
+				server.reads("SETTINGS ack")
+				server.sends("HEADERS 1 end :status=200")
+				client.reads("HEADERS 1 end :status=200")
+				client.reads("RST 1 NO_ERROR")
+				server.reads("RST 1 CANCEL")
+				return
 			}
-		}}, plain)
-		client := greetHub(t, r, "")
-		client.sends("HEADERS 1 :method=POST :scheme=http :path=/ :authority=a content-length=100")
-		if !translate {
-			server := acceptHub(t, o, "")
-			server.reads("HEADERS 1 :method=POST :scheme=http :path=/ :authority=a content-length=100")
-			server.reads("SETTINGS ack")
-			server.sends("HEADERS 1 end :status=200")
-			client.reads("HEADERS 1 end :status=200")
+			server := o.accept()
+			head(t, bufio.NewReader(server))
+			send(t, server, ok(""))
+			client.reads("HEADERS 1 end :status=200 content-length=0")
 			client.reads("RST 1 NO_ERROR")
-			server.reads("RST 1 CANCEL")
-			continue
-		}
-		server := o.accept()
-		head(t, bufio.NewReader(server))
-		send(t, server, ok(""))
-		client.reads("HEADERS 1 end :status=200 content-length=0")
-		client.reads("RST 1 NO_ERROR")
-		client.sends("GET 3")
-		next := o.accept()
-		head(t, bufio.NewReader(next))
-		send(t, next, ok(""))
-		client.reads("HEADERS 3 end :status=200 content-length=0")
+			client.sends("GET 3")
+			next := o.accept()
+			head(t, bufio.NewReader(next))
+			send(t, next, ok(""))
+			client.reads("HEADERS 3 end :status=200 content-length=0")
+		})
 	}
 }
