@@ -447,10 +447,9 @@ func (r *routed) bytes(proxy *mesh.TCPProxy) {
 	})
 }
 
-// A connection whose port becomes one of bytes serves the requests that are on their way as before, and ends: at its original
-// destination they would be without the TLS of their cluster, or where no connection may go. Where the bytes of new connections
-// go there as they are, so do its requests.
-func TestRequestsOfAPortThatBecomesOneOfBytes(t *testing.T) {
+// newChanging routes requests to v1, at port 82, and has the clusters to which the bytes of port 81 may go.
+func newChanging(t *testing.T) *routed {
+	t.Helper()
 	r := newRouted(t, to("v1"))
 	r.serve(t, 81, 82)
 	r.cluster("v1", nil, 82)
@@ -460,6 +459,14 @@ func TestRequestsOfAPortThatBecomesOneOfBytes(t *testing.T) {
 			{Name: "tls", TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}},
 		}})
 	})
+	return r
+}
+
+// A connection whose port becomes one of bytes serves the requests that are on their way as before, and ends: at its original
+// destination they would be without the TLS of their cluster, or where no connection may go. Where the bytes of new connections
+// go there as they are, so do its requests.
+func TestRequestsOfAPortThatBecomesOneOfBytes(t *testing.T) {
+	r := newChanging(t)
 	requests := r.plane.InForce.Load()
 	for cluster, want := range map[string]string{"v1": "82", "secured": "82", "BlackHoleCluster": "82", "gone": "82", "PassthroughCluster": "81"} {
 		r.plane.InForce.Store(requests)
@@ -526,15 +533,7 @@ func TestHTTP2OfAPortThatBecomesOneOfBytes(t *testing.T) {
 		"without routes": {{"", "200 82"}, {"PassthroughCluster", "200 81"}, {"BlackHoleCluster", "503 "}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRouted(t, to("v1"))
-			r.serve(t, 81, 82)
-			r.cluster("v1", nil, 82)
-			r.push(func(e *mesh.Edit) {
-				e.SetCluster("BlackHoleCluster", &mesh.Cluster{Name: "BlackHoleCluster", Discovery: mesh.Static, Breakers: unlimited})
-				e.SetCluster("secured", &mesh.Cluster{Name: "secured", Discovery: mesh.OriginalDestination, Breakers: unlimited, Transports: []mesh.Transport{
-					{Name: "tls", TLS: &mesh.UpstreamTLS{Roots: "ROOTCA"}},
-				}})
-			})
+			r := newChanging(t)
 			conn := r.Dial(t, r.At(81))
 			conn.SetDeadline(time.Now().Add(nettest.Patience))
 			servetest.Send(t, conn, http2.ClientPreface)
