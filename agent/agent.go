@@ -45,7 +45,7 @@ type Agent struct {
 	resolver    *dns.Server        // nil: DNS is not captured
 	policy      *egress.Policy     // nil: the workload may reach everything
 	stopPolicy  func()             // nil: no file is watched
-	stopFreeing func()             // nil: it has not begun
+	stopTending func()             // nil: it has not begun
 	probers     *probe.Probers
 	servers     []*server // in the order of shutdown
 	serverLoops sync.WaitGroup
@@ -163,7 +163,7 @@ func (a *Agent) Run(drain, force context.Context) error {
 	a.startControlPlane()
 	a.startAccepting()
 	a.unmapProgram()
-	a.startFreeing()
+	a.startTending()
 	a.log.Info("carrying traffic", a.where()...)
 
 	select {
@@ -207,8 +207,8 @@ func (a *Agent) close() {
 	if a.stopPolicy != nil {
 		a.stopPolicy()
 	}
-	if a.stopFreeing != nil {
-		a.stopFreeing()
+	if a.stopTending != nil {
+		a.stopTending()
 	}
 	if a.addresses != nil {
 		a.stopAddresses()

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
+	"sync"
 	"time"
 )
 
@@ -33,18 +34,16 @@ func readHeap() heapState {
 	return heapState{allocated: at(0), freeable: at(1) + at(2) - min(at(3), at(1))}
 }
 
-// startFreeing frees memory in pauses until stopFreeing is called.
-func (a *Agent) startFreeing() {
+// startTending frees memory in pauses, and calms the runtime's monitor, until stopTending is called.
+func (a *Agent) startTending() {
 	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
-	a.stopFreeing = func() {
+	var tending sync.WaitGroup
+	tending.Go(func() { freeInPauses(ctx, collections(ctx), readHeap, debug.FreeOSMemory) })
+	tending.Go(func() { a.calmMonitor(ctx) })
+	a.stopTending = func() {
 		cancel()
-		<-ended
+		tending.Wait()
 	}
-	go func() {
-		defer close(ended)
-		freeInPauses(ctx, collections(ctx), readHeap, debug.FreeOSMemory)
-	}()
 }
 
 // collections returns a channel that receives a value after collections of garbage. An agent without load has none, and so

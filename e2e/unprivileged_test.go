@@ -2,8 +2,12 @@ package e2e
 
 import (
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-proxy/pillion/internal/nettest"
 )
@@ -18,7 +22,8 @@ func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 	initPod(t, s.pod, nft)
 	// Every mount of the agent's own mount namespace becomes read-only; the machine's stay as they are.
 	s.agent = launchAgent(t, s.pod, []string{"unshare", "--mount", "--propagation", "private", "sh", "-c",
-		"for point in $(cut -d' ' -f5 /proc/self/mountinfo); do mount -o remount,bind,ro $point 2>/dev/null; done; exec \"$@\"", "sh"})
+		"for point in $(cut -d' ' -f5 /proc/self/mountinfo); do mount -o remount,bind,ro $point 2>/dev/null; done; exec \"$@\"", "sh",
+		"chrt", "--other", "0"})
 	awaitReady(t, s.pod, s.agent)
 
 	for key, want := range map[string]string{
@@ -36,6 +41,13 @@ func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 			t.Errorf("%s is %q, want %q", key, got, want)
 		}
 	}
+	nettest.Eventually(t, "the monitor of Go's runtime yields to the other threads", func() bool {
+		threads, err := filepath.Glob(s.agent.proc("task/*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return yielding(threads) == 1
+	})
 	mounts, err := os.ReadFile(s.agent.proc("mountinfo"))
 	if err != nil {
 		t.Fatal(err)
@@ -49,4 +61,19 @@ func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 		downstream, upstream := w.connect(t)
 		converse(t, downstream, upstream)
 	})
+}
+
+// yielding returns how many of the threads, directories in /proc, do not interrupt others.
+func yielding(threads []string) (n int) {
+	for _, thread := range threads {
+		id, err := strconv.Atoi(filepath.Base(thread))
+		if err != nil {
+			continue
+		}
+		attributes, err := unix.SchedGetAttr(id, 0)
+		if err == nil && attributes.Policy == unix.SCHED_BATCH {
+			n++
+		}
+	}
+	return n
 }
