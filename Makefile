@@ -46,7 +46,8 @@ REPORT   := $(GO) run -buildvcs=false ./scripts/testreport
 # load of DRIVEN, and take twice its CPU time. The attacks keep it: without it they are three times as strong, and a new client of
 # the attacker's address may be evicted with it.
 LONGEST := ./iptables ./inbound ./internal/httpforward ./cmd/pillion # begin first
-STORIES := ./e2e ./e2e/pods
+STORIES := ./e2e
+PODS    := ./e2e/pods
 ATTACKS := ./e2e/hostility
 DRIVEN  := ./e2e/bench
 
@@ -122,14 +123,21 @@ clean: ## remove what build and the tests leave in this directory
 	find . -name '*.test' -o -name '*.prof' -o -name '*.out' | xargs -r rm -f
 
 ##@ Test
-.PHONY: test
-test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run everything: lint, manifests, unit, namespace and e2e tests
-	again=$$(mktemp); trap 'rm -f "$$again"' EXIT; \
-	{ $(TEST) -vet=off -timeout 40m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
-	$(TEST) -vet=off -timeout 40m $(STORIES) || failed=1; \
-	$(TEST) -vet=off -timeout 40m $(ATTACKS) || failed=1; \
-	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT) -failed "$$again" || \
+# Reports on tests, and runs those that failed once more, alone.
+CHECKED = again=$$(mktemp); trap 'rm -f "$$again"' EXIT; \
+	{ $(1); exit $${failed:-0}; } | $(REPORT) -failed "$$again" || \
 	scripts/again "$$again" env $(TEST) -vet=off -timeout 20m
+
+.PHONY: test
+test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run them: lint, manifests, unit, namespace and e2e tests
+	$(call CHECKED,$(TEST) -vet=off -timeout 40m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
+	$(TEST) -vet=off -timeout 40m $(STORIES) || failed=1)
+
+.PHONY: test-load
+test-load: tools-test modules ## images in real pods, attacks on the agent, and the load of the figures: what test leaves out
+	$(call CHECKED,$(TEST) -vet=off -timeout 20m $(PODS) || failed=1; \
+	$(TEST) -vet=off -timeout 20m $(ATTACKS) || failed=1; \
+	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1)
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
@@ -150,13 +158,13 @@ test-netns: tools-test modules ## tests that make network namespaces, without e2
 
 .PHONY: e2e
 e2e: tools-test modules $(BROWSER) ## the built binary under real rules, one file for each promise (RUN=pattern chooses)
-	{ $(TEST) -timeout 40m -run '$(RUN)' $(STORIES) || failed=1; \
+	{ $(TEST) -timeout 40m -run '$(RUN)' $(STORIES) $(PODS) || failed=1; \
 	$(TEST) -timeout 40m -run '$(RUN)' $(ATTACKS) || failed=1; \
 	$(PLAIN) -timeout 20m -run '$(RUN)' $(DRIVEN) || failed=1; exit $${failed:-0}; } | $(REPORT)
 
 .PHONY: test-pods
 test-pods: tools-test modules ## the images, and real pods of them, by podman (RUN=pattern chooses)
-	$(TEST) -timeout 5m -run '$(RUN)' ./e2e/pods | $(REPORT)
+	$(TEST) -timeout 5m -run '$(RUN)' $(PODS) | $(REPORT)
 
 .PHONY: manifests
 manifests: modules ## what is in deploy, as kustomize, helm, Kubernetes and Prometheus read it
