@@ -6,73 +6,95 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// threads lists the threads of this process, oldest first.
+// threads lists the threads of this process in the order in which they were started.
 const threads = "/proc/self/task"
 
-// monitor is the thread of Go's runtime that takes processors from goroutines which block or compute for long. After each
-// collection of garbage it wakes every 20 µs for some milliseconds. In a container whose processors are busy, it interrupts the
-// threads that carry traffic: that has 6 % of the CPU time of new connections of TLS, of which 180 cause a collection, and 3 % of
-// that of others.
+// monitor is the thread of Go's runtime that takes processors from goroutines which block or compute for long. It wakes every
+// 20 µs for some milliseconds after a collection of garbage, or when a goroutine enters a system call through the scheduler
+// while it sleeps for long. On a processor that carries traffic, each time is two switches of threads. They had 5 % of the CPU
+// time of a new connection of TLS, of which some 180 fill the heap, and 4 % of that of a routed request on a new connection.
 //
-// With the policy SCHED_BATCH (sched(7)), a thread that wakes does not interrupt another one. It runs when a processor is
-// idle, or has run another thread for a few milliseconds.
+// With the policy SCHED_BATCH (sched(7)), a thread that wakes does not interrupt another one of the usual policy. It runs when
+// a processor is idle, or at the end of the other's slice, with the same share of the processor.
 type monitor struct{ thread int }
 
-// findMonitor returns the monitor. The runtime starts it before anything else (runtime.main), so only the main thread is older. It
-// fails if somebody has chosen a policy for this process.
+// findMonitor returns the monitor. The runtime starts it before anything else (runtime.main), so only the main thread is older. With
+// the race detector it is a thread of that, which does no harm.
 func findMonitor() (monitor, error) {
 	all, err := listThreads()
-	if err != nil {
+	switch {
+	case err != nil:
 		return monitor{}, err
-	}
-	if len(all) < 2 {
-		return monitor{}, fmt.Errorf("%s has %d threads", threads, len(all))
-	}
-	main, err := unix.SchedGetAttr(all[0], 0)
-	if err != nil {
-		return monitor{}, os.NewSyscallError("sched_getattr", err)
-	}
-	if main.Policy != unix.SCHED_NORMAL {
-		return monitor{}, fmt.Errorf("the process has the scheduling policy %d", main.Policy)
+	case len(all) < 2 || all[0] != os.Getpid(): // the second: /proc is that of other numbers
+		return monitor{}, fmt.Errorf("%s has the threads %d of process %d", threads, all, os.Getpid())
 	}
 	return monitor{all[1]}, nil
 }
 
-// yield makes the monitor interrupt no other thread, and the others threads of the usual policy: one that the monitor has
-// started since the last call inherited its policy.
-func (m monitor) yield() error {
+// setPolicy gives the monitor a policy, SCHED_BATCH or SCHED_NORMAL, and the usual one to threads that have inherited SCHED_BATCH:
+// those that the monitor has started, and those that these have started. It changes nothing, and fails, if somebody has chosen a
+// policy for the process: that is seen by its main thread, which inherits from none of them.
+func (m monitor) setPolicy(policy int) error {
 	all, err := listThreads()
-	for _, thread := range all {
-		policy := uint32(unix.SCHED_NORMAL)
+	if err != nil {
+		return err
+	}
+	main, err := policyOf(all[0])
+	if err != nil {
+		return err
+	}
+	if main != unix.SCHED_NORMAL {
+		return fmt.Errorf("the process has the scheduling policy %d", main)
+	}
+	for _, thread := range all[1:] {
+		wanted := unix.SCHED_NORMAL
 		if thread == m.thread {
-			policy = unix.SCHED_BATCH
+			wanted = policy
 		}
-		err = errors.Join(err, replacePolicy(thread, policy))
+		err = errors.Join(err, replacePolicy(thread, wanted))
 	}
 	return err
 }
 
-// replacePolicy changes the policy of a thread that has the other one of SCHED_NORMAL and SCHED_BATCH. A thread with any other
-// policy, which was chosen from outside, keeps it.
-func replacePolicy(thread int, policy uint32) error {
-	attributes, err := unix.SchedGetAttr(thread, 0)
-	if err == unix.ESRCH {
-		return nil // it has ended
-	} else if err != nil {
-		return os.NewSyscallError("sched_getattr", err)
+// replacePolicy changes a policy to the other one of SCHED_NORMAL and SCHED_BATCH. A thread that has ended, or has any other policy,
+// stays as it is.
+func replacePolicy(thread, policy int) error {
+	now, err := policyOf(thread)
+	if err == nil && now != policy && (now == unix.SCHED_NORMAL || now == unix.SCHED_BATCH) {
+		err = setPolicyOf(thread, policy)
 	}
-	if attributes.Policy == policy || attributes.Policy != unix.SCHED_NORMAL && attributes.Policy != unix.SCHED_BATCH {
+	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
-	attributes.Policy = policy
-	return os.NewSyscallError("sched_setattr", unix.SchedSetAttr(thread, attributes, 0))
+	return err
 }
 
-// listThreads returns the threads of this process in the order in which they were started, which is that of the directory.
+// policyOf and setPolicyOf bypass Go's scheduler, because a call through it may wake the monitor.
+
+func policyOf(thread int) (int, error) {
+	policy, _, errno := syscall.RawSyscall(unix.SYS_SCHED_GETSCHEDULER, uintptr(thread), 0, 0)
+	if errno != 0 {
+		return 0, os.NewSyscallError("sched_getscheduler", errno)
+	}
+	return int(policy) &^ unix.SCHED_RESET_ON_FORK, nil
+}
+
+func setPolicyOf(thread, policy int) error {
+	var priority int32 // zero is that of all policies but those of real time; the nice value stays
+	_, _, errno := syscall.RawSyscall(unix.SYS_SCHED_SETSCHEDULER, uintptr(thread), uintptr(policy), uintptr(unsafe.Pointer(&priority)))
+	if errno != 0 {
+		return os.NewSyscallError("sched_setscheduler", errno)
+	}
+	return nil
+}
+
+// listThreads returns the threads of this process, oldest first.
 func listThreads() ([]int, error) {
 	directory, err := os.Open(threads)
 	if err != nil {
@@ -92,16 +114,26 @@ func listThreads() ([]int, error) {
 	return ids, nil
 }
 
-// calmMonitor makes the runtime's monitor interrupt no other thread. Until ctx is done, it repeats that after each collection of
-// garbage. Where it is not possible, the agent runs as well, and the log says why.
+// calmMonitor makes the runtime's monitor interrupt no other thread until ctx is done. After each collection of garbage it looks for
+// threads that have inherited that. Where it is not possible, the agent runs as well.
 func (a *Agent) calmMonitor(ctx context.Context) {
 	m, err := findMonitor()
-	for collected := collections(ctx); err == nil; err = m.yield() {
+	if err == nil {
+		err = m.setPolicy(unix.SCHED_BATCH)
+	}
+	if err != nil {
+		a.log.Debug("the monitor thread of Go's runtime interrupts others", "err", err)
+		return
+	}
+	defer func() { _ = m.setPolicy(unix.SCHED_NORMAL) }() // fails as before, and the process mostly ends
+	for collected := collections(ctx); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-collected:
+			if err := m.setPolicy(unix.SCHED_BATCH); err != nil {
+				a.log.Debug("cannot look for threads with the policy of the runtime's monitor", "err", err)
+			}
 		}
 	}
-	a.log.Debug("the runtime's monitor thread interrupts others", "err", err)
 }
