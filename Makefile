@@ -123,21 +123,21 @@ clean: ## remove what build and the tests leave in this directory
 	find . -name '*.test' -o -name '*.prof' -o -name '*.out' | xargs -r rm -f
 
 ##@ Test
-# Reports on tests, and runs those that failed once more, alone.
+# $(call CHECKED,REPEAT,COMMANDS) reports on tests, and repeats those that failed by REPEAT, alone.
 CHECKED = again=$$(mktemp); trap 'rm -f "$$again"' EXIT; \
-	{ $(1); exit $${failed:-0}; } | $(REPORT) -failed "$$again" || \
-	scripts/again "$$again" env $(TEST) -vet=off -timeout 20m
+	{ failed=0; $(2); exit $$failed; } | $(REPORT) -failed "$$again" || scripts/again "$$again" env $(1) -vet=off -timeout 20m
 
 .PHONY: test
 test: tools-test modules $(BROWSER) lint manifests controlplane ## install what the tests need and run them: lint, manifests, unit, namespace and e2e tests
-	$(call CHECKED,$(TEST) -vet=off -timeout 40m $(LONGEST) $$($(GO) list ./... | grep -v /e2e) || failed=1; \
+	$(call CHECKED,$(TEST),packages=$$($(GO) list ./... | grep -v /e2e) || failed=1; \
+	$(TEST) -vet=off -timeout 40m $(LONGEST) $$packages || failed=1; \
 	$(TEST) -vet=off -timeout 40m $(STORIES) || failed=1)
 
 .PHONY: test-load
 test-load: tools-test modules ## images in real pods, attacks on the agent, and the load of the figures: what test leaves out
-	$(call CHECKED,$(TEST) -vet=off -timeout 20m $(PODS) || failed=1; \
-	$(TEST) -vet=off -timeout 20m $(ATTACKS) || failed=1; \
-	$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1)
+	$(call CHECKED,$(TEST),$(TEST) -vet=off -timeout 20m $(PODS) || failed=1; \
+	$(TEST) -vet=off -timeout 20m $(ATTACKS) || failed=1)
+	$(call CHECKED,$(PLAIN),$(PLAIN) -vet=off -timeout 20m $(DRIVEN) || failed=1)
 
 .PHONY: test-unit
 test-unit: modules ## tests of single packages; those that need root skip without it
