@@ -41,7 +41,8 @@ func TestAgentNeedsNoPrivilegeAndNoWritableFile(t *testing.T) {
 			t.Errorf("%s is %q, want %q", key, got, want)
 		}
 	}
-	nettest.Eventually(t, "the monitor of Go's runtime yields to the other threads; with the race detector it is one of that", func() bool {
+	// With the race detector it is a thread of that.
+	nettest.Eventually(t, "the monitor of Go's runtime yields to the other threads", func() bool {
 		threads, err := filepath.Glob(s.agent.proc("task/*"))
 		if err != nil {
 			t.Fatal(err)
