@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -75,23 +73,23 @@ func replacePolicy(thread, policy int) error {
 	return err
 }
 
-// policyOf and setPolicyOf bypass Go's scheduler, because a call through it may wake the monitor.
-
 func policyOf(thread int) (int, error) {
-	policy, _, errno := syscall.RawSyscall(unix.SYS_SCHED_GETSCHEDULER, uintptr(thread), 0, 0)
-	if errno != 0 {
-		return 0, os.NewSyscallError("sched_getscheduler", errno)
+	attributes, err := unix.SchedGetAttr(thread, 0)
+	if err != nil {
+		return 0, os.NewSyscallError("sched_getattr", err)
 	}
-	return int(policy) &^ unix.SCHED_RESET_ON_FORK, nil
+	return int(attributes.Policy), nil
 }
 
+// setPolicyOf changes the policy of a thread, which keeps its nice value.
 func setPolicyOf(thread, policy int) error {
-	var priority int32 // zero is that of all policies but those of real time; the nice value stays
-	_, _, errno := syscall.RawSyscall(unix.SYS_SCHED_SETSCHEDULER, uintptr(thread), uintptr(policy), uintptr(unsafe.Pointer(&priority)))
-	if errno != 0 {
-		return os.NewSyscallError("sched_setscheduler", errno)
+	attributes, err := unix.SchedGetAttr(thread, 0)
+	if err != nil {
+		return os.NewSyscallError("sched_getattr", err)
 	}
-	return nil
+	attributes.Policy = uint32(policy)
+	attributes.Runtime = 0 // the length of its slice: it goes on to follow that of the system
+	return os.NewSyscallError("sched_setattr", unix.SchedSetAttr(thread, attributes, 0))
 }
 
 // listThreads returns the threads of this process, oldest first.

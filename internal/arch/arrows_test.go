@@ -200,7 +200,7 @@ var rawCalls = map[string]string{
 	"internal/tcp":       "connections that never block, and the epoll set that watches them",
 	"internal/relay":     "the pipes that splice needs",
 	"internal/accesslog": "writes that must not wait, past the scheduler",
-	"agent":              "unmapping the program's pages after the start; whether a directory is in memory",
+	"agent":              "unmapping the program's pages after the start; policies of threads; whether a directory is in memory",
 	"internal/localaddr": "netlink groups that announce addresses",
 	"internal/nettest":   "namespaces and links for tests",
 	"iptables/nft":       "nftables by netlink",
