@@ -324,7 +324,7 @@ func TestGatewayIsReloadedWithoutLosingARequest(t *testing.T) {
 		})
 		logged := func(line string) {
 			t.Helper()
-			nettest.Eventually(t, line, func() bool { return len(e.agent.log.lines(line, ":8444")) > rounds })
+			nettest.Eventually(t, line, func() bool { return len(e.agent.log.lines(line, ":8444")) == 2*(rounds+1) }) // IPv4 and IPv6
 		}
 		logged("listener added")
 		if _, body := e.get(t, "https://shop.example:8444/", nil); !strings.HasPrefix(body, "two") {
