@@ -144,8 +144,8 @@ func testUnread(t *testing.T, method string, happens func(*testing.T, *net.TCPCo
 		}
 		send(t, server, "HTTP/1.1 200 OK\r\nHonest: 1\r\nContent-Length: 0\r\n\r\n")
 		got := client.next()
-		for strings.HasPrefix(got, "HEADERS 8") || strings.HasPrefix(got, "DATA 8") {
-			got = client.next()
+		for strings.HasPrefix(got, "HEADERS 8") || strings.HasPrefix(got, "DATA 8") || got == "RST 1001 NO_ERROR" {
+			got = client.next() // of others, and the end of the first request if its connection ends before its body is sent
 		}
 		if got != "HEADERS "+c.stream+" end :status=200 honest=1 content-length=0" {
 			t.Fatalf("read %q", got)
